@@ -1,0 +1,11 @@
+// One function per op: it adds the op's kernels to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastgpt {
+
+void bind_gelu(pybind11::module_& module);
+void bind_layer_norm(pybind11::module_& module);
+
+}  // namespace fastgpt

@@ -1,0 +1,19 @@
+// The CPU kernels for one instruction set. setup.py compiles this file once for each, with FASTGPT_ISA set to its name.
+#include "../kernels/cpu/gelu.h"
+#include "../kernels/cpu/layer_norm.h"
+#include "../kernels/cpu/table.h"
+
+#define FASTGPT_TEXT2(x) #x
+#define FASTGPT_TEXT(x) FASTGPT_TEXT2(x)
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+// Constant data, no constructor: nothing of this file runs before the processor is known to have the instructions.
+extern const KernelTable kTable;
+const KernelTable kTable = {
+    FASTGPT_TEXT(FASTGPT_ISA), layer_norm_forward, layer_norm_backward, gelu_forward, gelu_backward,
+};
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

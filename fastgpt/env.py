@@ -1,0 +1,88 @@
+"""Every environment variable that fastgpt reads, in one place, each read when it is asked for.
+
+| variable            | meaning                                                                          |
+|---------------------|----------------------------------------------------------------------------------|
+| FASTGPT_BACKEND     | backend for every op: auto (default), cuda, triton, cpu, torch, reference        |
+| FASTGPT_NUM_THREADS | threads of the CPU kernels; without it torch.get_num_threads()                   |
+| FASTGPT_ISA         | instruction set of the CPU kernels: baseline, avx2, avx512, avx512_bf16          |
+| FASTGPT_OFFLINE     | 1: never use the network                                                         |
+| FASTGPT_BPE_DIR     | folder with GPT-2's encoder.json and vocab.bpe                                   |
+| FASTGPT_LOG         | level of the "fastgpt" logger: debug, info, warning (default), error             |
+| FASTGPT_REQUIRE     | tests: comma-separated backends whose tests must run, not skip                   |
+| FASTGPT_TEST_DATA   | tests: folder of the third-party test data                                       |
+
+FASTGPT_BUILD_CUDA (auto, 0, 1) is read by setup.py alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _choice(variable: str, allowed: tuple[str, ...], default: str) -> str:
+    value = os.environ.get(variable, "").strip().lower() or default
+    if value not in allowed:
+        raise ValueError(f"{variable}={value!r} is not known; use one of: {', '.join(allowed)}.")
+    return value
+
+
+def _flag(variable: str) -> bool:
+    value = os.environ.get(variable, "").strip().lower()
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    if value in ("1", "true", "yes", "on"):
+        return True
+    raise ValueError(f"{variable}={value!r} is not a switch; use 1 or 0.")
+
+
+def backend() -> str:
+    """The backend that FASTGPT_BACKEND names, or "auto"."""
+    return _choice("FASTGPT_BACKEND", BACKENDS, "auto")
+
+
+def isa() -> str | None:
+    """The instruction set that FASTGPT_ISA names, or None for the best that the processor has."""
+    return _choice("FASTGPT_ISA", ("best", *ISAS), "best").replace("best", "") or None
+
+
+def num_threads() -> int | None:
+    """The thread count that FASTGPT_NUM_THREADS names, or None."""
+    value = os.environ.get("FASTGPT_NUM_THREADS", "").strip()
+    if not value:
+        return None
+    if not value.isdecimal() or not 1 <= int(value) <= 1024:
+        raise ValueError(f"FASTGPT_NUM_THREADS={value!r} must be a whole number from 1 to 1024.")
+    return int(value)
+
+
+def log_level() -> str:
+    """The level that FASTGPT_LOG names, upper case as `logging` wants it."""
+    return _choice("FASTGPT_LOG", LOG_LEVELS, "warning").upper()
+
+
+def offline() -> bool:
+    """True when FASTGPT_OFFLINE forbids the network."""
+    return _flag("FASTGPT_OFFLINE")
+
+
+def bpe_dir() -> Path | None:
+    """The folder that FASTGPT_BPE_DIR names, or None."""
+    value = os.environ.get("FASTGPT_BPE_DIR", "").strip()
+    return Path(value).expanduser() if value else None
+
+
+def require() -> frozenset[str]:
+    """Backends whose tests must not skip."""
+    names = os.environ.get("FASTGPT_REQUIRE", "").replace(" ", "").lower()
+    return frozenset(name for name in names.split(",") if name)
+
+
+def test_data() -> Path | None:
+    """The folder that FASTGPT_TEST_DATA names, or None."""
+    value = os.environ.get("FASTGPT_TEST_DATA", "").strip()
+    return Path(value).expanduser() if value else None

@@ -1,0 +1,48 @@
+"""Registration with torch.library, so that torch.compile sees each op as one node without a graph break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fastgpt", "DEF")
+
+
+def register(
+    schema: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Define `fastgpt::<schema>`, with its implementation, its shapes (`fake`) and its gradient.
+
+    `define` and `impl` are used rather than `custom_op`: a call then costs about 2 µs instead of 6.
+    """
+    name = f"fastgpt::{schema.split('(')[0]}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA", "MPS"):
+        _library.impl(name, forward, key)
+    torch.library.register_fake(name, fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """True when autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def native_backward(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of `function` by PyTorch's autograd, computed anew: backward of backends without one of their own."""
+    with torch.enable_grad():
+        leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+        grads = torch.autograd.grad(function(*leaves), leaves, dout)
+    # A fresh, contiguous tensor each, as the fake promises.
+    return tuple(grad.clone(memory_format=torch.contiguous_format) for grad in grads)

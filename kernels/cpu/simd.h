@@ -1,0 +1,206 @@
+// Vectors of float32 for one instruction set: the only file of the CPU kernels that names instructions.
+//
+// A kernel is written once on VecF and compiled once per instruction set, with FASTGPT_ISA naming the namespace:
+//
+//   baseline      16 bytes,  4 lanes   SSE2 on x86-64, NEON on Arm, whatever the compiler has elsewhere
+//   avx2          32 bytes,  8 lanes   AVX2, FMA
+//   avx512        64 bytes, 16 lanes   AVX-512 F, BW, DQ, VL
+//   avx512_bf16   64 bytes, 16 lanes   and BF16, VNNI
+//
+// VecF is a vector type of GCC and Clang: + - * / and comparisons are lane by lane, a * b + c becomes one FMA
+// (-ffp-contract=fast). Everything here is static and lives in the namespace of its instruction set, so that the linker
+// can never give code for a new processor to an old one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTGPT_ISA
+#error "define FASTGPT_ISA, the namespace of the instruction set"
+#endif
+
+#define FASTGPT_INLINE static inline __attribute__((always_inline))
+
+namespace fastgpt {
+
+// A bfloat16 number: the upper half of a float32.
+struct Bf16 {
+  uint16_t bits;
+};
+
+namespace FASTGPT_ISA {
+
+#if defined(FASTGPT_LANES)
+constexpr int kLanes = FASTGPT_LANES;  // for tests: another width than the instruction set's own
+#elif defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecU16 __attribute__((vector_size(kLanes * 2)));
+
+FASTGPT_INLINE VecF splat(float x) { return x - VecF{}; }
+FASTGPT_INLINE VecU bits_of(VecF x) { return (VecU)x; }
+FASTGPT_INLINE VecF float_of(VecU x) { return (VecF)x; }
+FASTGPT_INLINE VecF max(VecF a, VecF b) { return a < b ? b : a; }
+FASTGPT_INLINE VecF min(VecF a, VecF b) { return b < a ? b : a; }
+FASTGPT_INLINE int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
+FASTGPT_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+
+FASTGPT_INLINE VecI lane_numbers() {
+  VecI lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// x with 0 in every lane from n on.
+FASTGPT_INLINE VecF first_lanes(VecF x, int64_t n) {
+  return lane_numbers() < static_cast<int32_t>(n) ? x : VecF{};
+}
+
+// ---- load and store: all lanes, or the first n (0 < n < kLanes; the others load as 0) ----
+
+FASTGPT_INLINE VecF load(const float* p) {
+  VecF x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+FASTGPT_INLINE void store(float* p, VecF x) { memcpy(p, &x, sizeof x); }
+
+FASTGPT_INLINE VecF load(const Bf16* p) {
+  VecU16 half;
+  memcpy(&half, p, sizeof half);
+  return float_of(__builtin_convertvector(half, VecU) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+FASTGPT_INLINE void store(Bf16* p, VecF x) {
+#if defined(__AVX512BF16__) && !defined(FASTGPT_LANES)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+#else
+  const VecU u = bits_of(x);
+  const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const VecU16 half = __builtin_convertvector(x == x ? rounded : (u >> 16) | 0x40, VecU16);
+#endif
+  memcpy(p, &half, sizeof half);
+}
+
+template <class T>
+FASTGPT_INLINE VecF load_first(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+FASTGPT_INLINE void store_first(T* p, VecF x, int64_t n) {
+  T padded[kLanes];
+  store(padded, x);
+  memcpy(p, padded, n * sizeof(T));
+}
+
+#if defined(__AVX512F__) && !defined(FASTGPT_LANES)
+FASTGPT_INLINE VecF load_first(const float* p, int64_t n) {
+  return (VecF)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+FASTGPT_INLINE void store_first(float* p, VecF x, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
+}
+#elif defined(__AVX2__) && !defined(FASTGPT_LANES)
+FASTGPT_INLINE VecF load_first(const float* p, int64_t n) {
+  return (VecF)_mm256_maskload_ps(p, (__m256i)(lane_numbers() < static_cast<int32_t>(n)));
+}
+FASTGPT_INLINE void store_first(float* p, VecF x, int64_t n) {
+  _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < static_cast<int32_t>(n)), (__m256)x);
+}
+#endif
+
+// count lanes, where count is kLanes or the length of a tail.
+template <class T>
+FASTGPT_INLINE VecF load_lanes(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load_first(p, count);
+}
+
+template <class T>
+FASTGPT_INLINE void store_lanes(T* p, VecF x, int64_t count) {
+  count == kLanes ? store(p, x) : store_first(p, x, count);
+}
+
+// Calls body(i, count) for i = 0, kLanes, ..., count = kLanes but for the tail. body is inlined twice, so that in the
+// main loop count is a constant.
+template <class Body>
+FASTGPT_INLINE void for_lanes(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, static_cast<int64_t>(kLanes));
+  if (i < n) body(i, n - i);
+}
+
+// ---- reductions over the lanes ----
+
+FASTGPT_INLINE float reduce_add(VecF x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+FASTGPT_INLINE float reduce_max(VecF x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
+  return lanes[0];
+}
+
+// Sum of term(i, count) over a row of n. Four accumulators hide the latency of the addition.
+template <class Term>
+FASTGPT_INLINE float sum_lanes(int64_t n, Term term) {
+  VecF a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    a += term(i, static_cast<int64_t>(kLanes));
+    b += term(i + kLanes, static_cast<int64_t>(kLanes));
+    c += term(i + 2 * kLanes, static_cast<int64_t>(kLanes));
+    d += term(i + 3 * kLanes, static_cast<int64_t>(kLanes));
+  }
+  for (; i + kLanes <= n; i += kLanes) a += term(i, static_cast<int64_t>(kLanes));
+  if (i < n) b += first_lanes(term(i, n - i), n - i);
+  return reduce_add((a + b) + (c + d));
+}
+
+// ---- exp ----
+
+// e^x within 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r, and n added to the exponent.
+// 0 below -87.33 (also for -inf; denormal results are flushed), 2.4e38 above 88.37, NaN stays NaN.
+FASTGPT_INLINE VecF exp(VecF x) {
+  const VecF low = splat(-87.33654f);
+  const VecF clamped = min(max(x, low), splat(88.37626f));
+  const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const VecF shifted = clamped * 1.44269504f + round_to_int;
+  const VecF n = shifted - round_to_int;
+  const VecF r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
+  VecF p = splat(1.3888889e-3f);
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const VecF power = float_of(bits_of(p) + (bits_of(shifted) << 23));
+  return x < low ? VecF{} : (x == x ? power : x);
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

@@ -1,0 +1,59 @@
+// What the bindings and the kernels share: the arguments of each kernel, and the table of one instruction set's kernels.
+//
+// Offsets and strides count elements, not bytes. A pointer to void is float or Bf16, as the DType beside it says.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+struct LayerNormForwardArgs {
+  void* out;          // (rows, n), contiguous
+  float *mean, *rstd; // (rows)
+  const void* x;      // (rows, n), rows x_stride apart
+  const void *weight, *bias;  // (n)
+  int64_t rows, n, x_stride;
+  float eps;
+  DType dtype, weight_dtype;
+  int num_threads;
+};
+
+struct LayerNormBackwardArgs {
+  void* dx;                // (rows, n), contiguous
+  void *dweight, *dbias;   // (n)
+  const void *dout, *x;    // (rows, n), rows dout_stride and x_stride apart
+  const void* weight;      // (n)
+  const float *mean, *rstd;  // (rows)
+  float* partial;          // (num_threads, 2, n): sums of each thread
+  int64_t rows, n, dout_stride, x_stride;
+  DType dtype, weight_dtype;
+  int num_threads;
+};
+
+struct GeluForwardArgs {
+  void* out;
+  const void* x;
+  int64_t n;
+  DType dtype;
+  int num_threads;
+};
+
+struct GeluBackwardArgs {
+  void* dx;
+  const void *dout, *x;
+  int64_t n;
+  DType dtype;
+  int num_threads;
+};
+
+struct KernelTable {
+  const char* isa;
+  void (*layer_norm_forward)(const LayerNormForwardArgs&);
+  void (*layer_norm_backward)(const LayerNormBackwardArgs&);
+  void (*gelu_forward)(const GeluForwardArgs&);
+  void (*gelu_backward)(const GeluBackwardArgs&);
+};
+
+}  // namespace fastgpt
