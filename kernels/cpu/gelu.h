@@ -18,22 +18,24 @@ namespace FASTGPT_ISA {
 constexpr float kTwoSqrt2OverPi = 1.5957691216f;
 constexpr float kGeluCubic = 0.044715f;
 
-// s = 1 / (1 + e^(-2u))
-FASTGPT_INLINE VecF gelu_sigmoid(VecF x) {
-  const VecF two_u = x * kTwoSqrt2OverPi * (1.0f + kGeluCubic * x * x);
-  return 1.0f / (1.0f + exp(-two_u));
+// e^(-2u)
+FASTGPT_INLINE VecF gelu_exponential(VecF x) {
+  return exp(-(x * kTwoSqrt2OverPi * (1.0f + kGeluCubic * x * x)));
 }
 
 FASTGPT_INLINE VecF gelu(VecF x) {
+  const VecF s = 1.0f / (1.0f + gelu_exponential(x));
   // For x = -inf the product would be -inf * 0; the limit is 0.
-  return x == splat(-__builtin_inff()) ? VecF{} : x * gelu_sigmoid(x);
+  return x == splat(-__builtin_inff()) ? VecF{} : x * s;
 }
 
 FASTGPT_INLINE VecF gelu_derivative(VecF x) {
-  const VecF s = gelu_sigmoid(x);
   // Beyond |x| = 10 the second term is below 1e-30; clamping keeps x^3 from overflowing there.
   const VecF t = min(max(x, splat(-10.0f)), splat(10.0f));
-  return s + t * s * (1.0f - s) * kTwoSqrt2OverPi * (1.0f + 3.0f * kGeluCubic * t * t);
+  const VecF e = gelu_exponential(t);
+  const VecF s = 1.0f / (1.0f + e);
+  // 1 - s as e * s: the difference would lose the digits that the large factor behind it brings back.
+  return s + t * s * (e * s) * kTwoSqrt2OverPi * (1.0f + 3.0f * kGeluCubic * t * t);
 }
 
 template <class T>
