@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgpt.ops import cpu_support
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
+from fastgpt.ops.layer_norm.layout import as_rows
 
 if TYPE_CHECKING:
     from fastgpt.ops.layer_norm import Case
@@ -19,15 +20,9 @@ def why_not(case: Case) -> str | None:
     return cpu_support.why_not(case.device, case.dtype, case.weight_dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as (rows, n) with a contiguous last axis; a view where the layout allows, else a copy."""
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out (like x, contiguous), mean and rstd (x.shape[:-1], float32)."""
-    rows = _rows(x)
+    rows = as_rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -45,7 +40,7 @@ def backward(
     dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx (like x, contiguous), dweight and dbias (n,) in the dtype of weight."""
-    rows, drows = _rows(x), _rows(dout)
+    rows, drows = as_rows(x), as_rows(dout)
     weight = weight.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)

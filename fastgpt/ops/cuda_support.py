@@ -1,0 +1,36 @@
+"""What every CUDA C++ backend asks first."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fastgpt.ops import extension
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+UNPROVEN = "no GPU has run this kernel's tests yet, so it must be asked for by name"
+
+
+def why_not(device: str, *dtypes: torch.dtype) -> str | None:
+    """Why no CUDA kernel can run tensors of this device and these dtypes, or None."""
+    if device != "cuda":
+        return f"the tensors are on {device}"
+    for dtype in dtypes:
+        if dtype not in DTYPE_CODES:
+            return f"the CUDA kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return extension.why_not("cuda") or _chip()
+
+
+@functools.cache
+def _chip() -> str | None:
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"the kernels need compute capability 8.0, the device has {major}.{minor}"
+
+
+def stream() -> int:
+    """The raw handle of the stream that PyTorch uses now."""
+    return torch.cuda.current_stream().cuda_stream

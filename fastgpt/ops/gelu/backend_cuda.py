@@ -1,0 +1,44 @@
+"""GELU in CUDA C++: kernels/cuda/gelu.cuh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops import cuda_support
+from fastgpt.ops.cuda_support import DTYPE_CODES
+from fastgpt.ops.extension import load
+
+if TYPE_CHECKING:
+    from fastgpt.ops.gelu import Case
+
+AUTOMATIC = cuda_support.UNPROVEN
+
+
+def why_not(case: Case) -> str | None:
+    """float32, bfloat16 and float16 on the GPU."""
+    return cuda_support.why_not(case.device, case.dtype)
+
+
+def forward(x: Tensor) -> Tensor:
+    """Returns gelu(x), contiguous."""
+    with torch.cuda.device(x.device):
+        x = x.contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        stream = cuda_support.stream()
+        load("cuda").gelu_forward(out.data_ptr(), x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], stream)
+        return out
+
+
+def backward(dout: Tensor, x: Tensor) -> Tensor:
+    """Returns dout · gelu'(x), contiguous."""
+    with torch.cuda.device(x.device):
+        x, dout = x.contiguous(), dout.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        load("cuda").gelu_backward(
+            dx.data_ptr(), dout.data_ptr(), x.data_ptr(),
+            x.numel(), DTYPE_CODES[x.dtype], cuda_support.stream(),
+        )  # fmt: skip
+        return dx

@@ -1,0 +1,45 @@
+// What every CUDA kernel shares: element types, warp sums, launch sizes. No torch header, no allocation.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fastgpt {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+template <class T>
+__device__ inline float to_float(T x) {
+  return static_cast<float>(x);
+}
+
+template <class T>
+__device__ inline T from_float(float x) {
+  return static_cast<T>(x);
+}
+
+// The sum over the lanes of a warp, in every lane.
+__device__ inline float warp_sum(float x) {
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// 16 bytes of T, loaded and stored in one instruction.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+// Blocks of `size` items for n items, no more than `most`: kernels stride over the rest.
+inline unsigned blocks_for(int64_t n, int64_t size, int64_t most) {
+  const int64_t blocks = (n + size - 1) / size;
+  return static_cast<unsigned>(blocks < most ? blocks : most);
+}
+
+}  // namespace cuda
+}  // namespace fastgpt
