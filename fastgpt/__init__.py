@@ -23,7 +23,8 @@ _EXPORTS = {
     "get_tokenizer": "fastgpt.tokenizer",
     "text_to_token_ids": "fastgpt.tokenizer",
     "token_ids_to_text": "fastgpt.tokenizer",
-    "info": "fastgpt.info",
+    "load_story": "fastgpt.text",
+    "info": "fastgpt.about",
     "use_backend": "fastgpt.ops",
     "BackendError": "fastgpt.ops",
 }

@@ -55,7 +55,7 @@ def test_an_explicit_choice_that_cannot_run_raises_with_every_reason():
 
 def test_a_backend_that_the_room_lacks_is_an_error_not_a_fallback():
     with pytest.raises(ops.BackendError, match="has no triton backend"):
-        dispatch.Op("fastgpt.ops.gelu", ("cpu", "reference")).choose(None, "triton")
+        dispatch.Op("fastgpt.ops.gelu", ("cpu", "reference")).choose(room("gelu").Case("cpu", torch.float32), "triton")
 
 
 def test_the_automatic_choice_steps_down_and_logs_once(caplog):

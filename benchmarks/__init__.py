@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench` shows tables, `python -m benchmarks.rows` writes rows to benchmarks/results."""
