@@ -11,12 +11,14 @@
 | FASTGPT_REQUIRE     | tests: comma-separated backends whose tests must run, not skip                   |
 | FASTGPT_TEST_DATA   | tests: folder of the third-party test data                                       |
 
-FASTGPT_BUILD_CUDA (auto, 0, 1) is read by setup.py alone.
+FASTGPT_BUILD_CUDA (auto, 0, 1) is read by setup.py alone. Where other programs keep GPT-2's vocabulary is read from
+their own variables: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, HF_HUB_CACHE, HF_HOME.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
@@ -74,6 +76,19 @@ def bpe_dir() -> Path | None:
     """The folder that FASTGPT_BPE_DIR names, or None."""
     value = os.environ.get("FASTGPT_BPE_DIR", "").strip()
     return Path(value).expanduser() if value else None
+
+
+def tiktoken_cache_dirs() -> tuple[Path, ...]:
+    """Folders in which tiktoken may have kept its downloads, the one it would use now first."""
+    named = (os.environ.get(variable, "") for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
+    return (*(Path(value) for value in named if value), Path(tempfile.gettempdir()) / "data-gym-cache")
+
+
+def hugging_face_hub_dir() -> Path:
+    """The folder in which huggingface_hub keeps its downloads."""
+    home = os.environ.get("HF_HOME", "") or os.path.join("~", ".cache", "huggingface")
+    # Not Path.expanduser, which raises for a user without a home.
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE", "") or os.path.join(home, "hub")))
 
 
 def require() -> frozenset[str]:
