@@ -1,7 +1,7 @@
 """Interleaved races, written as rows: `python -m benchmarks.rows [NAME ...]`.
 
 A row holds what was timed, on which machine, with which versions and at which commit; README's figures come from rows
-alone. NAME picks the cases whose name contains it; --out names the file (default: benchmarks/results/<processor>.jsonl).
+alone. NAME picks the cases whose name contains it; --out names the file (default: by instruction set).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ logger = logging.getLogger("fastgpt")
 
 _override: ContextVar[str | None] = ContextVar("fastgpt_backend", default=None)
 
-# Read once: a look-up in os.environ costs more than the rest of the decision.
+# Read once: looking the variable up costs more than the rest of the decision.
 _from_environment = functools.cache(env.backend)
 
 
@@ -104,7 +104,7 @@ class Op:
             raise BackendError(
                 f"{self.name}: backend {name!r} cannot run this input: {reason}.\n{self.report(case)}"
             )
-        refused = []
+        refused: list[str] = []
         for backend in self.backends:
             reason = self.why_not(backend, case) or getattr(self.module(backend), "AUTOMATIC", None)
             if reason is None:

@@ -1,4 +1,4 @@
-"""The compiled halves of fastgpt, `fastgpt._cpu` and `fastgpt._cuda`. Neither links PyTorch: tensors cross as pointers."""
+"""The compiled halves of fastgpt, `_cpu` and `_cuda`. Neither links PyTorch: tensors cross as pointers."""
 
 from __future__ import annotations
 

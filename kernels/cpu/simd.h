@@ -81,7 +81,15 @@ FASTGPT_INLINE void store(float* p, VecF x) { memcpy(p, &x, sizeof x); }
 FASTGPT_INLINE VecF load(const Bf16* p) {
   VecU16 half;
   memcpy(&half, p, sizeof half);
-  return float_of(__builtin_convertvector(half, VecU) << 16);
+  // One instruction each, where GCC 12 makes five of __builtin_convertvector.
+#if defined(__AVX512F__) && !defined(FASTGPT_LANES)
+  const VecU wide = (VecU)_mm512_cvtepu16_epi32((__m256i)half);
+#elif defined(__AVX2__) && !defined(FASTGPT_LANES)
+  const VecU wide = (VecU)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  const VecU wide = __builtin_convertvector(half, VecU);
+#endif
+  return float_of(wide << 16);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.

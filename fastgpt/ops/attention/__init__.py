@@ -24,7 +24,6 @@ from torch import Tensor
 from fastgpt.ops import dispatch, philox, registration
 
 BACKENDS = ("cpu", "torch", "reference")
-MAX_HEAD_DIM = 256
 
 
 class Case(NamedTuple):
@@ -58,7 +57,7 @@ def causal_attention(
     """Attention in which a query sees its own position and those before it.
 
     Args:
-        q: (batch, n_heads, q_len, head_dim), floating point, head_dim from 1 to 256.
+        q: (batch, n_heads, q_len, head_dim), floating point; the kernels take head_dim from 1 to 256.
         k, v: (batch, n_heads, k_len, head_dim), like `q`; k_len >= q_len. Any strides with a contiguous last axis are
             read in place; another layout is copied first.
         softmax_scale: factor on the scores; 1/√head_dim when None.
@@ -80,9 +79,9 @@ def causal_attention(
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q.shape[-1])
     if torch.compiler.is_compiling():
-        seed = torch.randint(2**63 - 1, ()) if dropout_p else None
+        drawn = torch.randint(2**63 - 1, ()) if dropout_p else None
         call = torch.ops.fastgpt.causal_attention
-        out: Tensor = call(q, k, v, seed, softmax_scale, dropout_p, backend)[0]
+        out: Tensor = call(q, k, v, drawn, softmax_scale, dropout_p, backend)[0]
         return out
     needs_grad = registration.needs_grad(q, k, v)
     chosen = OP.choose(_case(q, k, dropout_p, needs_grad), backend)
@@ -110,8 +109,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
             f"causal_attention: q_len {q.shape[2]} is larger than k_len {k.shape[2]}, so the first queries would see "
             f"no key; pass the keys of all earlier positions too."
         )
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"causal_attention: head_dim is {q.shape[3]}; it must be from 1 to {MAX_HEAD_DIM}.")
+    if q.shape[3] == 0:
+        raise ValueError("causal_attention: head_dim is 0; it must be at least 1.")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"causal_attention: q, k and v must have one floating-point dtype; got {q.dtype}, {k.dtype} and {v.dtype}."

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from fastgpt.ops import cpu_support
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ def apply(
     if dropout_p and seed is None:
         weights = torch.nn.functional.dropout(weights, dropout_p)
     elif dropout_p:
-        keep = philox.keep_mask(*q.shape[:2], q_len, k_len, dropout_p, seed or 0).to(q.device)
+        batch, n_heads = q.shape[:2]
+        keep = philox.keep_mask(batch, n_heads, q_len, k_len, dropout_p, seed or 0).to(q.device)
         weights = weights * keep * philox.scale(dropout_p)
     return (weights @ v).transpose(1, 2).contiguous().transpose(1, 2)

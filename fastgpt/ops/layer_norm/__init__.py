@@ -139,7 +139,8 @@ def _backward(
     chosen = OP.choose(_case(x, weight), backend)
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
         inputs = (x, weight, torch.zeros_like(weight))
-        return registration.native_backward(lambda *a: chosen.apply(*a, eps), inputs, dout)
+        dx, dweight, dbias = registration.native_backward(lambda *a: chosen.apply(*a, eps), inputs, dout)
+        return dx, dweight, dbias
     return chosen.backward(dout, x, weight, mean, rstd)
 
 
