@@ -1,8 +1,9 @@
 """The ops: each is a room with one door, a plain PyTorch reference and backends. `dispatch` says who runs what."""
 
 from fastgpt.ops.attention import causal_attention
+from fastgpt.ops.decode_attention import decode_attention
 from fastgpt.ops.dispatch import BackendError, use_backend
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
 
-__all__ = ["BackendError", "causal_attention", "gelu", "layer_norm", "use_backend"]
+__all__ = ["BackendError", "causal_attention", "decode_attention", "gelu", "layer_norm", "use_backend"]

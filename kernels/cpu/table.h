@@ -9,6 +9,8 @@ namespace fastgpt {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
+constexpr int64_t kMaxHeadDim = 256;
+
 struct LayerNormForwardArgs {
   void* out;          // (rows, n), contiguous
   float *mean, *rstd; // (rows)
@@ -48,12 +50,27 @@ struct GeluBackwardArgs {
   int num_threads;
 };
 
+struct DecodeAttentionArgs {
+  void* out;                 // (batch, n_heads, head_dim), contiguous
+  const void* q;             // (batch, n_heads, head_dim)
+  const void *k, *v;         // (batch, n_heads, max_len, head_dim)
+  const int64_t* lengths;    // (batch), from 1 to max_len
+  float* partial;            // (num_threads, 2, head_dim + 2): m, l and acc of heads that threads share
+  int64_t* partial_head;     // (num_threads, 2): whose they are, row * n_heads + head
+  int64_t batch, n_heads, head_dim;
+  int64_t q_strides[2], k_strides[3], v_strides[3];  // the last axis is contiguous
+  float softmax_scale;
+  DType dtype;
+  int num_threads;
+};
+
 struct KernelTable {
   const char* isa;
   void (*layer_norm_forward)(const LayerNormForwardArgs&);
   void (*layer_norm_backward)(const LayerNormBackwardArgs&);
   void (*gelu_forward)(const GeluForwardArgs&);
   void (*gelu_backward)(const GeluBackwardArgs&);
+  void (*decode_attention)(const DecodeAttentionArgs&);
 };
 
 }  // namespace fastgpt
