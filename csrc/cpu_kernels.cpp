@@ -1,4 +1,5 @@
 // The CPU kernels for one instruction set. setup.py compiles this file once for each, with FASTGPT_ISA set to its name.
+#include "../kernels/cpu/attention.h"
 #include "../kernels/cpu/decode_attention.h"
 #include "../kernels/cpu/gelu.h"
 #include "../kernels/cpu/layer_norm.h"
@@ -14,7 +15,7 @@ namespace FASTGPT_ISA {
 extern const KernelTable kTable;
 const KernelTable kTable = {
     FASTGPT_TEXT(FASTGPT_ISA), layer_norm_forward, layer_norm_backward, gelu_forward, gelu_backward,
-    decode_attention,
+    decode_attention, attention_forward_floats, attention_forward, attention_backward_floats, attention_backward,
 };
 
 }  // namespace FASTGPT_ISA

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_cpu, module) {
 #else
   module.attr("openmp") = false;
 #endif
+  fastgpt::bind_attention(module);
   fastgpt::bind_decode_attention(module);
   fastgpt::bind_gelu(module);
   fastgpt::bind_layer_norm(module);

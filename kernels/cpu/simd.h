@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -208,6 +209,93 @@ FASTGPT_INLINE VecF exp(VecF x) {
   p = p * r + 1.0f;
   const VecF power = float_of(bits_of(p) + (bits_of(shifted) << 23));
   return x < low ? VecF{} : (x == x ? power : x);
+}
+
+// 2^x within 1 ulp for x <= 126, with one multiplication less than exp and no comparison; NaN stays NaN.
+// 0 at and below -126.5, also for -inf: there the exponent of the power of two becomes that of zero.
+FASTGPT_INLINE VecF exp2(VecF x) {
+  const float round_to_int = 12582912.0f;
+  const VecF clamped = max(x, splat(-127.0f));
+  const VecF shifted = clamped + round_to_int;
+  const VecF r = clamped - (shifted - round_to_int);
+  VecF p = splat(1.535334e-4f);
+  p = p * r + 1.3398867e-3f;
+  p = p * r + 9.6184374e-3f;
+  p = p * r + 5.5503325e-2f;
+  p = p * r + 0.24022648f;
+  p = p * r + 0.6931472f;
+  p = p * r + 1.0f;
+  return p * float_of((bits_of(shifted) + 127) << 23);
+}
+
+// ---- integers ----
+
+// The 64-bit products a * b of unsigned 32-bit numbers, in two halves.
+FASTGPT_INLINE void multiply_wide(VecU a, uint32_t b, VecU& high, VecU& low) {
+#if defined(__AVX512F__) && !defined(FASTGPT_LANES)
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
+  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+  high = (VecU)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  low = (VecU)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+#elif defined(__AVX2__) && !defined(FASTGPT_LANES)
+  const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
+  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+  high = (VecU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low = (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#elif defined(__SSE2__) && !defined(FASTGPT_LANES)
+  const __m128i factor = _mm_set1_epi32(static_cast<int>(b));
+  const __m128i even = _mm_mul_epu32((__m128i)a, factor);
+  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64((__m128i)a, 32), factor);
+  const __m128i low_half = _mm_set1_epi64x(0xffffffff);
+  high = (VecU)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(low_half, odd));
+  low = (VecU)_mm_or_si128(_mm_and_si128(even, low_half), _mm_slli_epi64(odd, 32));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = static_cast<uint64_t>(a[i]) * b;
+    high[i] = static_cast<uint32_t>(product >> 32);
+    low[i] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+// ---- transpose ----
+
+// Lanes index(0), index(1), ... of a and b side by side, where Index::at(i) is a constant.
+template <class Index, int... I>
+FASTGPT_INLINE VecF pick_lanes(VecF a, VecF b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Index::at(I)...);
+#else
+  return __builtin_shuffle(a, b, VecI{Index::at(I)...});
+#endif
+}
+
+// Of two rows, the blocks of h columns that lie in the first (second) half of every 2 h columns.
+template <int h>
+struct FirstHalves {
+  static constexpr int at(int i) { return i & h ? kLanes + i - h : i; }
+};
+template <int h>
+struct SecondHalves {
+  static constexpr int at(int i) { return i & h ? kLanes + i : i + h; }
+};
+
+// Transposes a square of kLanes rows: swaps the two off-diagonal quarters, then does so in each quarter.
+template <int h = kLanes / 2>
+FASTGPT_INLINE void transpose(VecF (&rows)[kLanes]) {
+  if constexpr (h > 0) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & h) continue;
+      const VecF first = rows[i], second = rows[i + h];
+      rows[i] = pick_lanes<FirstHalves<h>>(first, second, lanes);
+      rows[i + h] = pick_lanes<SecondHalves<h>>(first, second, lanes);
+    }
+    transpose<h / 2>(rows);
+  }
 }
 
 }  // namespace FASTGPT_ISA

@@ -50,6 +50,42 @@ struct GeluBackwardArgs {
   int num_threads;
 };
 
+// A (batch, n_heads, len, head_dim) tensor with a contiguous last axis.
+struct HeadsRef {
+  void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct AttentionSizes {
+  int64_t batch, n_heads, q_len, k_len, head_dim;
+};
+
+struct AttentionForwardArgs {
+  HeadsRef out;
+  float* lse;  // (batch, n_heads, q_len)
+  HeadsRef q, k, v;
+  AttentionSizes sizes;
+  float softmax_scale;
+  uint64_t seed;
+  int32_t dropout_threshold;  // round(dropout_p * 65536); 0 is no dropout
+  DType dtype;
+  int num_threads;
+  float* workspace;  // as many as attention_forward_floats says
+};
+
+struct AttentionBackwardArgs {
+  HeadsRef dq, dk, dv;
+  HeadsRef dout, q, k, v, out;
+  const float* lse;
+  AttentionSizes sizes;
+  float softmax_scale;
+  uint64_t seed;
+  int32_t dropout_threshold;
+  DType dtype;
+  int num_threads;
+  float* workspace;  // as many as attention_backward_floats says
+};
+
 struct DecodeAttentionArgs {
   void* out;                 // (batch, n_heads, head_dim), contiguous
   const void* q;             // (batch, n_heads, head_dim)
@@ -71,6 +107,10 @@ struct KernelTable {
   void (*gelu_forward)(const GeluForwardArgs&);
   void (*gelu_backward)(const GeluBackwardArgs&);
   void (*decode_attention)(const DecodeAttentionArgs&);
+  int64_t (*attention_forward_floats)(const AttentionSizes&, int num_threads);
+  void (*attention_forward)(const AttentionForwardArgs&);
+  int64_t (*attention_backward_floats)(const AttentionSizes&, int num_threads);
+  void (*attention_backward)(const AttentionBackwardArgs&);
 };
 
 }  // namespace fastgpt

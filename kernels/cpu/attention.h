@@ -1,0 +1,4 @@
+#pragma once
+
+#include "attention_backward.h"
+#include "attention_forward.h"

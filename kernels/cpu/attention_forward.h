@@ -1,0 +1,139 @@
+// Forward of causal attention; see attention.h.
+#pragma once
+
+#include <cmath>
+
+#include "attention_tile.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+struct AttentionForwardWorkspace {
+  float *k, *v;                 // (k_padded, n_padded): the keys and values of a head
+  float *q, *q_transposed;      // (kBlockM, n_padded), (n_padded, kBlockM)
+  float* weights;               // (kBlockN, kBlockM): scores, then weights, of one tile
+  float* acc;                   // (kBlockM, n_padded): the output before it is divided by l
+  float *m, *l, *rescale;       // (kBlockM): running maximum and sum of a row, and what a tile multiplies acc by
+  int64_t floats;
+
+  AttentionForwardWorkspace(const Plan& plan, float* base) {
+    Pieces pieces{base};
+    k = pieces.take(plan.k_padded * plan.n_padded);
+    v = pieces.take(plan.k_padded * plan.n_padded);
+    q = pieces.take(kBlockM * plan.n_padded);
+    q_transposed = pieces.take(kBlockM * plan.n_padded);
+    weights = pieces.take(kBlockN * kBlockM);
+    acc = pieces.take(kBlockM * plan.n_padded);
+    m = pieces.take(kBlockM);
+    l = pieces.take(kBlockM);
+    rescale = pieces.take(kBlockM);
+    floats = pieces.used;
+  }
+};
+
+// Turns the scores of one vector of rows into unnormalised weights 2^(s - m), and moves m and l on.
+template <bool kDropout>
+FASTGPT_INLINE void attention_softmax(const AttentionForwardWorkspace& w, const Tile& tile, int64_t row,
+                                      const Dropout& dropout, VecU queries) {
+  float* s = w.weights + row;
+  const int64_t n = tile.computed(row);
+  hide_scores(w.weights, tile, row);
+  const VecF m_old = load(w.m + row);
+  VecF m = m_old, m_odd = m_old;
+  for (int64_t j = 0; j < n; j += 2) {
+    m = max(m, load(s + j * kBlockM));
+    m_odd = max(m_odd, load(s + (j + 1) * kBlockM));
+  }
+  m = max(m, m_odd);
+  const VecF rescale = exp2(m_old - m);
+  VecF l = load(w.l + row) * rescale;
+  for_keys<kDropout>(dropout, queries, tile.first_key, n, [&](int64_t j, VecI keep) {
+    const VecF p = exp2(load(s + j * kBlockM) - m);
+    // The sum is that of the softmax, before dropout.
+    l += p;
+    store(s + j * kBlockM, (VecF)((VecI)p & keep));
+  });
+  store(w.m + row, m);
+  store(w.l + row, l);
+  store(w.rescale + row, rescale);
+}
+
+// acc = rescale * acc + weights^T V, kMr rows at a time, each with the keys that its last row sees.
+static void attention_accumulate(const AttentionForwardWorkspace& w, const Tile& tile, int64_t rows,
+                                 int64_t n_padded) {
+  for (int64_t row = 0; row < rows; row += kMr) {
+    const int64_t keys = tile.visible(row + kMr - 1);
+    if (keys == 0) continue;
+    for_vector_groups(0, n_padded / kLanes, [&](int64_t v, auto count) {
+      add_product<count, Layout::kColumns>(w.acc + row * n_padded + v * kLanes, n_padded, w.weights + row, kBlockM,
+                                           w.v + tile.first_key * n_padded + v * kLanes, n_padded, keys,
+                                           w.rescale + row);
+    });
+  }
+}
+
+template <class T, bool kDropout>
+static void attention_forward_block(const AttentionForwardArgs& a, const AttentionForwardWorkspace& w,
+                                    int64_t n_padded, int64_t batch, int64_t head, const QueryBlock& block) {
+  const AttentionSizes& s = a.sizes;
+  const int64_t padded_rows = block.padded_rows();
+  const T* q = head_rows<const T>(a.q, batch, head) + block.first * a.q.row_stride;
+  pack_rows(w.q, q, a.q.row_stride, block.rows, padded_rows, s.head_dim, n_padded);
+  transpose_rows(w.q_transposed, kBlockM, w.q, padded_rows, n_padded);
+  memset(w.acc, 0, sizeof(float) * padded_rows * n_padded);
+  for (int64_t row = 0; row < padded_rows; row += kLanes) {
+    store(w.m + row, splat(-__builtin_inff()));
+    store(w.l + row, VecF{});
+  }
+
+  const Dropout dropout = dropout_of(a, batch * s.n_heads + head);
+  for (int64_t first_key = 0; first_key < block.keys(); first_key += kBlockN) {
+    const Tile tile = block.tile(first_key);
+    tile_scores(w.weights, tile, padded_rows, w.k + first_key * n_padded, w.q_transposed, s.head_dim, n_padded,
+                a.softmax_scale * kLog2E);
+    for (int64_t row = 0; row < padded_rows; row += kLanes) {
+      const VecU queries = (VecU)lane_numbers() + static_cast<uint32_t>(block.first + row);
+      if (tile.computed(row) > 0) attention_softmax<kDropout>(w, tile, row, dropout, queries);
+    }
+    attention_accumulate(w, tile, block.rows, n_padded);
+  }
+
+  const float kept = dropout_scale(a.dropout_threshold);
+  T* out = head_rows<T>(a.out, batch, head) + block.first * a.out.row_stride;
+  unpack_rows(out, a.out.row_stride, w.acc, block.rows, s.head_dim, n_padded,
+              [&](int64_t row) { return kept / w.l[row]; });
+  float* lse = a.lse + (batch * s.n_heads + head) * s.q_len + block.first;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    lse[row] = static_cast<float>(w.m[row] * kLn2 + std::log(w.l[row]));
+  }
+}
+
+template <class T, bool kDropout>
+static void attention_forward_kernel(const AttentionForwardArgs& a) {
+  const AttentionSizes& s = a.sizes;
+  const Plan plan(s, a.num_threads);
+  const int64_t floats = AttentionForwardWorkspace(plan, nullptr).floats;
+  parallel_items(plan.items, plan.threads, [&](int64_t item, int thread) {
+    const AttentionForwardWorkspace w(plan, a.workspace + thread * floats);
+    const int64_t batch = item / plan.parts / s.n_heads, head = item / plan.parts % s.n_heads;
+    pack_rows(w.k, head_rows<const T>(a.k, batch, head), a.k.row_stride, s.k_len, plan.k_padded, s.head_dim,
+              plan.n_padded);
+    pack_rows(w.v, head_rows<const T>(a.v, batch, head), a.v.row_stride, s.k_len, plan.k_padded, s.head_dim,
+              plan.n_padded);
+    for (int64_t block = plan.q_blocks - 1 - item % plan.parts; block >= 0; block -= plan.parts) {
+      attention_forward_block<T, kDropout>(a, w, plan.n_padded, batch, head, QueryBlock(block, s.q_len, s.k_len));
+    }
+  });
+}
+
+static void attention_forward(const AttentionForwardArgs& a) {
+  with_kernel_types(a, [&](auto t, auto dropout) { attention_forward_kernel<decltype(t), dropout>(a); });
+}
+
+static int64_t attention_forward_floats(const AttentionSizes& sizes, int num_threads) {
+  const Plan plan(sizes, num_threads);
+  return plan.threads * AttentionForwardWorkspace(plan, nullptr).floats;
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

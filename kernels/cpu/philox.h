@@ -1,0 +1,65 @@
+// The dropout mask, drawn where it is needed: Philox4x32-10, a generator without state.
+//
+//   key      seed, low and high 32 bits
+//   counter  c0 = (j / 64) * 8 + j % 8,  c1 = i,  c2 = b * n_heads + h,  c3 = 0        for element (b, h, i, j)
+//   column   j = 64 * (j / 64) + 8 * slot + j % 8 takes slot / 2 of the four words: its low 16 bits when slot is even,
+//            else the high ones
+//   kept     when this 16-bit number >= threshold, threshold = round(p * 65536)
+//
+// fastgpt/ops/philox.py draws the same bits. The lanes of a vector are kLanes queries i of one key j, so that one draw
+// serves 8 keys of every lane at any vector width.
+// Paper: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+#pragma once
+
+#include "simd.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+struct Dropout {
+  uint32_t key0, key1;  // the seed
+  uint32_t head;        // b * n_heads + h
+  int32_t threshold;    // 0 .. 65536
+};
+
+FASTGPT_INLINE void philox(VecU (&c)[4], uint32_t key0, uint32_t key1) {
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    VecU high0, low0, high1, low1;
+    multiply_wide(c[0], 0xD2511F53u, high0, low0);
+    multiply_wide(c[2], 0xCD9E8D57u, high1, low1);
+    c[0] = high1 ^ c[1] ^ key0;
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ key1;
+    c[3] = low0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// Calls body(j, keep) for every key j = 0 .. n - 1 of a block whose first key, a multiple of 64, is first_key; keep is
+// all ones in the lanes (the queries) that dropout keeps. Without dropout keep is a constant that vanishes.
+template <bool kDropout, class Body>
+FASTGPT_INLINE void for_keys(const Dropout& dropout, VecU queries, int64_t first_key, int64_t n, Body body) {
+  if constexpr (!kDropout) {
+    for (int64_t j = 0; j < n; ++j) body(j, VecI{} - 1);
+  } else {
+    for (int64_t group = 0; group < n; group += 64) {
+      for (int64_t column = group; column < min(group + 8, n); ++column) {
+        const uint32_t c0 = static_cast<uint32_t>((first_key + group) / 8 + column - group);
+        VecU words[4] = {VecU{} + c0, queries, VecU{} + dropout.head, VecU{}};
+        philox(words, dropout.key0, dropout.key1);
+#pragma GCC unroll 8
+        for (int slot = 0; slot < 8; ++slot) {
+          const int64_t j = column + 8 * slot;
+          const VecU word = words[slot / 2];
+          const VecI number = (VecI)(slot % 2 ? word >> 16 : word & 0xffff);
+          if (j < n) body(j, number >= dropout.threshold);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt
