@@ -1,0 +1,5 @@
+"""`llms_from_scratch.kv_cache.utils`."""
+
+from fastgpt.generation.kv_model import KVCache
+
+__all__ = ["KVCache"]

@@ -1,0 +1,67 @@
+"""The keys and values of all tokens that were read: allocated ahead, grown by doubling, at most to the context."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """Keys and values of every layer, each (batch, n_heads, capacity, head_dim).
+
+    What lies behind a row's length is undefined (it may be NaN) and must not be read.
+
+    Args:
+        n_layers, batch, n_heads, head_dim: sizes.
+        limit: the largest length that will ever be needed.
+        like: a tensor whose dtype and device the cache takes.
+    """
+
+    def __init__(self, n_layers: int, batch: int, n_heads: int, head_dim: int, limit: int, like: Tensor) -> None:
+        self._shape = (n_layers, 2, batch, n_heads)
+        self._head_dim = head_dim
+        self._limit = limit
+        self._like = like
+        self.capacity = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def reserve(self, length: int, spare: int = 0) -> None:
+        """Make room for `length` tokens, keeping what is there; when it must grow, it at least doubles.
+
+        Args:
+            length: tokens that must fit.
+            spare: more tokens that will probably follow.
+        """
+        if length <= self.capacity:
+            return
+        capacity = min(self._limit, max(length + spare, 2 * self.capacity))
+        buffer = self._like.new_empty(*self._shape, capacity, self._head_dim)
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            buffer[layer, 0, :, :, : self.capacity] = keys
+            buffer[layer, 1, :, :, : self.capacity] = values
+        self.capacity = capacity
+        self.keys = list(buffer[:, 0].unbind())
+        self.values = list(buffer[:, 1].unbind())
+
+    def write_prompt(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store the first tokens of all rows: keys and values (batch, n_heads, n_tokens, head_dim)."""
+        n_tokens = keys.shape[2]
+        self.keys[layer][:, :, :n_tokens] = keys
+        self.values[layer][:, :, :n_tokens] = values
+
+    def write_token(self, layer: int, position: int | Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store one token of each row.
+
+        Args:
+            layer: whose keys and values these are.
+            position: one for all rows, or (batch,) int64 on the device of the cache.
+            keys, values: (batch, n_heads, head_dim).
+        """
+        if isinstance(position, int):
+            self.keys[layer].select(2, position).copy_(keys)
+            self.values[layer].select(2, position).copy_(values)
+        else:
+            rows = torch.arange(keys.shape[0], device=keys.device)
+            self.keys[layer][rows, :, position] = keys
+            self.values[layer][rows, :, position] = values

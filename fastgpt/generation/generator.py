@@ -1,0 +1,321 @@
+"""`Generator`: tokens from a model, fast, exact, for batches and for prompts of different lengths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.generation.engine import CachedEngine, Engine, PlainEngine, eval_mode, prefill
+from fastgpt.generation.network import Copies, Network, NotRecognised, read_network, unwrap
+from fastgpt.generation.rows import Prompts, Rows, read_prompts
+from fastgpt.generation.sampling import Sampling
+
+logger = logging.getLogger("fastgpt")
+
+OVERFLOWS = ("exact", "stop", "slide")
+_PROBE_TOKENS = 4
+# Largest difference of logits, relative to the largest of them, that another order of the same additions explains.
+_PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+class Generator:
+    """Generates tokens with a key-value cache.
+
+    Weights are read where they are at every call, so a Generator made before training generates with what was learned.
+    The model is in evaluation mode while it runs; afterwards every module is in the mode that it was in.
+
+    Args:
+        model: a GPT of the book's structure, fastgpt's or the reader's own. Any other callable from token ids (batch,
+            n_tokens) to logits (batch, n_tokens, vocab_size) works too, without a cache; `why_plain` then says why.
+        dtype: None uses the model's own weights. torch.bfloat16 (or another floating-point dtype) uses a converted
+            copy; changed weights are converted again at the next call, except for edits through `.data`, after which
+            `refresh()` is needed.
+
+    Raises:
+        TypeError, ValueError: the model is not callable, or the dtype is not available.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> None:
+        if not callable(model):
+            raise TypeError(f"A Generator needs a model, something to call with token ids; got {type(model).__name__}.")
+        _check_dtype(dtype)
+        self.model = model
+        self.dtype = dtype
+        self._copies = None if dtype is None else Copies(dtype)
+        self._verified: list[type] | None = None
+        self._logged: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Generator({type(self.model).__name__}, dtype={self.dtype})"
+
+    @property
+    def why_plain(self) -> str | None:
+        """Why the model runs without a cache, or None when it runs with one."""
+        network = self._network()
+        return network if isinstance(network, str) else None
+
+    def refresh(self) -> None:
+        """Convert all weights again at the next call. Only needed after edits through `.data`, with a dtype."""
+        if self._copies is not None:
+            self._copies.clear()
+        self._verified = None
+
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_id: int | None = None,
+        seed: int | None = None,
+        overflow: str = "exact",
+    ) -> Tensor | list[Tensor]:
+        """Append up to `max_new_tokens` tokens to each prompt.
+
+        Args:
+            prompts: (batch, n_tokens) int64, or a list of prompts of different lengths, each a list of ids or a
+                (n_tokens,) tensor. Every row gets what it would get alone (greedily; drawn tokens depend on the batch).
+            max_new_tokens: how many tokens to append at most; 0 gives the prompts back.
+            temperature: 0 takes the likeliest token, above 0 draws.
+            top_k: draw from the k likeliest tokens only; ties with the last of them stay.
+            top_p: draw from the smallest set of likeliest tokens whose probabilities reach top_p.
+            eos_id: the token that ends a row. It is not appended.
+            seed: for drawing from a generator of its own; None draws from torch's global one, as the book does.
+            overflow: what happens to a row that outgrows the context: "exact" reads its last tokens anew for each new
+                one, as the book does (slow); "slide" reads the last half anew and goes on (fast, other tokens); "stop"
+                ends it when the context is full.
+
+        Returns:
+            For a tensor: (batch, n_tokens + new) int64; rows that ended earlier than others are filled with `eos_id`.
+            For a list: a list of (n_tokens + new,) tensors, each as long as its row.
+            On the model's device.
+
+        Raises:
+            TypeError, ValueError, IndexError: a prompt or an option is not usable; the text says what is wanted.
+        """
+        session = self._session(prompts, max_new_tokens, Sampling(temperature, top_k, top_p, seed), eos_id, overflow)
+        if session is None:
+            return read_prompts(prompts, None)
+        steps = list(session)
+        if isinstance(session.prompts, Tensor):
+            return torch.cat([session.prompts, *steps], dim=1)
+        counts = session.counts.tolist()
+        new = torch.cat(steps, dim=1) if steps else session.rows.ids[:, :0]
+        return [
+            torch.cat([prompt, new[i, :count]])
+            for i, (prompt, count) in enumerate(zip(session.prompts, counts, strict=True))
+        ]
+
+    def stream(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_id: int | None = None,
+        seed: int | None = None,
+        overflow: str = "exact",
+    ) -> Iterator[Tensor]:
+        """Like `generate`, but gives the new tokens step by step.
+
+        Args:
+            prompts, max_new_tokens, temperature, top_k, top_p, eos_id, seed, overflow: as for `generate`; they are
+                checked at once, the model runs when tokens are asked for.
+
+        Returns:
+            An iterator of (batch, 1) int64 tensors, until every row has ended. Rows that ended earlier hold `eos_id`,
+            or -1 where there is none.
+
+        Raises:
+            As `generate`.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        session = self._session(prompts, max_new_tokens, sampling, eos_id, overflow)
+        return iter(()) if session is None else iter(session)
+
+    def _session(
+        self, prompts: Prompts, max_new_tokens: int, sampling: Sampling, eos_id: int | None, overflow: str
+    ) -> Session | None:
+        """Everything checked and ready to run; None when there is no prompt."""
+        _check_count("max_new_tokens", max_new_tokens)
+        if eos_id is not None:
+            _check_count("eos_id", eos_id)
+        if overflow not in OVERFLOWS:
+            raise ValueError(f"overflow={overflow!r} is not known; use one of: {', '.join(OVERFLOWS)}.")
+        network = self._network()
+        engine: Engine
+        if isinstance(network, str):
+            limit = _known_context(self.model)
+            checked = read_prompts(prompts, _device(self.model), None, limit)
+            engine = PlainEngine(self.model, limit, modules_of(self.model))
+        else:
+            limit = network.context_length
+            checked = read_prompts(prompts, network.tok_emb.device, network.vocab_size, limit)
+            modules = [module for part in network.opaque for module in part.modules()]
+            engine = CachedEngine(network, network.context_length, overflow, max_new_tokens, modules)
+        if len(checked) == 0:
+            return None
+        stop_at = limit if overflow == "stop" else None
+        return Session(engine, checked, max_new_tokens, sampling, eos_id, stop_at)
+
+    def _network(self) -> Network | str:
+        """The model as a network, or why it is none."""
+        try:
+            network = read_network(self.model, self._copies)
+            if network.foreign:
+                self._verify(network)
+        except NotRecognised as reason:
+            if self.dtype is not None:
+                raise ValueError(
+                    f"Generator(dtype={self.dtype}) converts the weights of the book's GPT, but this model is another: "
+                    f"{reason}. Convert the model itself, with .to(), and leave dtype out."
+                ) from None
+            if str(reason) != self._logged:
+                self._logged = str(reason)
+                logger.info("Generator runs without a cache: %s", reason)
+            return str(reason)
+        return network
+
+    def _verify(self, network: Network) -> None:
+        types = [type(module) for module in unwrap(self.model).modules()]
+        if types != self._verified:
+            with all_in_eval_mode(self.model):
+                verify(network if self._copies is None else read_network(self.model), self.model)
+            self._verified = types
+
+
+class Session:
+    """One run of the engine over some prompts. Iterating runs it, once; `counts` then tells the new tokens per row."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Tensor | list[Tensor],
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_id: int | None = None,
+        stop_at: int | None = None,
+    ) -> None:
+        self.engine = engine
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.eos_id = eos_id
+        self.stop_at = stop_at
+        self.rows = Rows(prompts)
+        self.counts = torch.zeros_like(self.rows.lengths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows = self.rows
+        generator = self.sampling.generator(rows.ids.device)
+        ended = torch.zeros(len(rows.lengths), dtype=torch.bool, device="cpu")
+        filler = -1 if self.eos_id is None else self.eos_id
+        for _ in range(self.max_new_tokens):
+            if self.stop_at is not None:
+                ended = ended | (rows.lengths >= self.stop_at)
+                if bool(ended.all()):
+                    return
+            logits = self.engine.next_logits(rows, ended)
+            tokens = self.sampling.choose(logits, generator)
+            if self.eos_id is not None:
+                ended = ended | (tokens == self.eos_id).cpu()
+                if bool(ended.all()):
+                    return
+            self.counts += ~ended
+            rows.append(tokens)
+            yield tokens.masked_fill(ended.to(tokens.device), filler)[:, None]
+
+
+def verify(network: Network, model: Callable[[Tensor], Tensor]) -> None:
+    """Compare the network's logits with the model's on a few tokens, in the model's present mode.
+
+    Raises:
+        NotRecognised: they differ, or one of the two fails.
+    """
+    count = min(_PROBE_TOKENS, network.context_length)
+    device = network.tok_emb.device
+    ids = torch.linspace(0, network.vocab_size - 1, count, device=device).long()[None]
+    # The model may draw random numbers; the user's sequence of them is not to change.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+        try:
+            # One position in the middle, so that a model which sees the future is found out, and the last.
+            last = torch.tensor([(count - 1) // 2, count - 1], device=device)
+            got = prefill(network, ids.expand(2, -1), last)
+            want = model(ids)[0, last]
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise NotRecognised(f"a trial run failed: {error}") from error
+        if got.shape != want.shape:
+            raise NotRecognised(f"its logits have shape {tuple(want.shape)}, not {tuple(got.shape)}")
+        bound = _PROBE_TOLERANCE.get(want.dtype, 0.05) * max(1.0, float(want.abs().max()))
+        difference = float((got - want).abs().max())
+    if not difference <= bound:
+        raise NotRecognised(f"it computes something else than the book's GPT: logits differ by {difference:.1e}")
+
+
+def modules_of(model: Any) -> list[nn.Module]:
+    """All modules of a model, none for another callable."""
+    return list(model.modules()) if isinstance(model, nn.Module) else []
+
+
+def all_in_eval_mode(model: Any) -> Any:
+    """A context in which every module of the model is in evaluation mode."""
+    return eval_mode(modules_of(model))
+
+
+def _device(model: Any) -> torch.device | None:
+    tensors = (t for module in modules_of(model)[:1] for t in (*module.parameters(), *module.buffers()))
+    return next((t.device for t in tensors), None)
+
+
+def _known_context(model: Any) -> int | None:
+    """The longest input of a model that is not of the book's structure, where it tells."""
+    weight = getattr(getattr(unwrap(model), "pos_emb", None), "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.shape[0]
+    cfg = getattr(unwrap(model), "cfg", None)
+    length = cfg.get("context_length") if isinstance(cfg, dict) else None
+    return length if isinstance(length, int) else None
+
+
+def context_length_of(model: Any) -> int:
+    """The longest input of a model, from its position embeddings or its `cfg`.
+
+    Raises:
+        ValueError: it tells neither.
+    """
+    length = _known_context(model)
+    if length is None:
+        raise ValueError(
+            f"{type(model).__name__} has neither pos_emb nor cfg['context_length'], so its context is not known; "
+            "pass context_size."
+        )
+    return length
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number; got {value!r}.")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more; got {value}.")
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype in ("int8", "int4"):
+        raise ValueError(
+            f"Generator(dtype={dtype!r}) is not there yet; now there are None (the model's own weights) and "
+            "torch.bfloat16."
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"dtype must be None (the model's own weights) or a floating-point dtype such as torch.bfloat16; "
+            f"got {dtype!r}."
+        )
