@@ -1,0 +1,63 @@
+"""Chapter 5: cross-entropy of next-token predictions, over one batch and over a loader."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def calc_loss_batch(
+    input_batch: Tensor,
+    target_batch: Tensor,
+    model: Callable[[Tensor], Tensor],
+    device: torch.device | str | int,
+) -> Tensor:
+    """Mean cross-entropy over all positions of a batch.
+
+    Args:
+        input_batch: token ids, (batch, n_tokens), int64.
+        target_batch: the ids to predict, of the same shape; positions with -100 do not count.
+        model: token ids to logits, (batch, n_tokens, vocab_size).
+        device: where the model is.
+
+    Returns:
+        A scalar with a graph; nan when no position counts.
+    """
+    logits = model(input_batch.to(device))
+    return functional.cross_entropy(logits.flatten(0, 1), target_batch.to(device).flatten())
+
+
+def calc_loss_loader(
+    data_loader: Any,
+    model: Callable[[Tensor], Tensor],
+    device: torch.device | str | int,
+    num_batches: int | None = None,
+) -> float:
+    """Mean of the batch means over (the first batches of) a loader.
+
+    The model's mode is left as it is, and gradients are recorded unless the caller forbids it, as in the book. The
+    device is waited for once, at the end.
+
+    Args:
+        data_loader: gives (input_batch, target_batch), see `calc_loss_batch`; has a length.
+        model: token ids to logits.
+        device: where the model is.
+        num_batches: how many batches to read, at most those there are; None for all.
+
+    Returns:
+        A float; nan for an empty loader.
+    """
+    count = len(data_loader) if num_batches is None else min(num_batches, len(data_loader))
+    if count == 0:
+        return float("nan")
+    losses = [
+        calc_loss_batch(inputs, targets, model, device).detach()
+        for inputs, targets in itertools.islice(data_loader, count)
+    ]
+    # Added up as Python floats, one after the other, so that the mean is the book's to the last bit.
+    return sum(torch.stack(losses).tolist()) / count
