@@ -266,6 +266,9 @@ ACCEPTED = {
     "cache_outside": {"att": TupleAttention},
 }
 
+# In the two blocks: attention, GELU and two norms each, and the final norm.
+HOT = 2 * 4 + 1
+
 # Name: (what is changed, kind of the refused modules, words of the reason).
 REFUSED = {
     "exact_gelu": ({"gelu": nn.GELU}, "GELU", "exact (erf)"),
@@ -293,3 +296,27 @@ def build(name="drop_shortcut", *, drop_rate=0.0, seed=7, **cfg):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+# How the tests look at them.
+
+
+def tokens(batch=2, length=11):
+    return torch.randint(CFG["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def gradients(model, idx, seed=5):
+    """Logits and the gradients of the book's loss, by name."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    logits = model(idx[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_close(got, want, bound=2e-5):
+    assert (got - want).abs().max() <= bound * max(1.0, want.abs().max())
+
+
+def is_swapped(module):
+    return hasattr(module, "_fastgpt_plan")

@@ -15,7 +15,7 @@ from fastgpt import model, model_fast
 from fastgpt.acceleration import fused, probe
 from fastgpt.acceleration.fused import AttentionPlan, GeluPlan, NormPlan, Plan
 from fastgpt.acceleration.probe import Refused
-from fastgpt.acceleration.watch import written_names
+from fastgpt.acceleration.watch import names_used, written_names
 
 ATTENTION, LAYER_NORM, GELU = "attention", "layer norm", "GELU"
 OPS = {ATTENTION: "ops.causal_attention", LAYER_NORM: "ops.layer_norm", GELU: "ops.gelu"}
@@ -87,7 +87,7 @@ def obstacle(module: nn.Module, kind: str, marks: Marks) -> str | None:
         return "it is fastgpt's own and runs on the ops already"
     if "forward" in vars(module):
         return "its forward is overridden on the instance"
-    if type(module).__reduce_ex__ is not object.__reduce_ex__ or type(module).__reduce__ is not object.__reduce__:
+    if _pickles_its_own_way(type(module)):
         return "its class has its own way of being pickled"
     if probe.dtype_and_device(module)[1].type == "meta":
         return "its weights are on the meta device; load them first"
@@ -99,6 +99,11 @@ def obstacle(module: nn.Module, kind: str, marks: Marks) -> str | None:
     return next(
         (f"its {name} is not strictly causal (1 above the diagonal, else 0)" for name in marks if not marks[name]), None
     )
+
+
+def _pickles_its_own_way(cls: type) -> bool:
+    own = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
+    return own or hasattr(cls, "__getnewargs_ex__")
 
 
 def is_worth_a_row(module: nn.Module, kind: str) -> bool:
@@ -143,7 +148,10 @@ def _may_be_gelu(module: nn.Module) -> bool:
         parameters = list(inspect.signature(cls.forward).parameters.values())
     except (TypeError, ValueError):
         return False
-    return len(parameters) == 2 and parameters[1].kind is parameters[1].POSITIONAL_OR_KEYWORD
+    if len(parameters) != 2 or parameters[1].kind is not parameters[1].POSITIONAL_OR_KEYWORD:
+        return False
+    # Only what may be one is run.
+    return any("gelu" in name.lower() or name == "tanh" for name in (cls.__name__, *names_used(cls)))
 
 
 def _projections(module: nn.Module) -> tuple[str, str, str] | None:

@@ -8,6 +8,7 @@ module and never touches its training flags.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -78,13 +79,17 @@ def _randomised(parameter: Any, dtype: torch.dtype, generator: torch.Generator, 
 
 @contextmanager
 def quiet(device: torch.device) -> Iterator[StringIO]:
-    """A probe's surroundings: no gradients, no autocast, the random state as before, and what is printed kept."""
+    """A probe's surroundings: no gradients, autocast or warnings; the random state as before; prints are kept."""
     devices = [device] if device.type == "cuda" else []
     printed = StringIO()
     with (
         torch.random.fork_rng(devices=devices),
+        torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
         redirect_stdout(printed),
+        warnings.catch_warnings(),
     ):
+        # A probe's odd input may earn warnings that the reader's own would not.
+        warnings.simplefilter("ignore")
         yield printed

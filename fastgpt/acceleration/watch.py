@@ -62,12 +62,14 @@ class DropoutWatch(TorchFunctionMode):
         return torch.get_rng_state()
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0:
+        if not training:
             return input
         if input.numel() != self.keep.numel() or input.shape[-1] != self.keep.shape[-1]:
             self.elsewhere = True
             return input
         self.shares.append(p)
+        if p == 0.0:
+            return input
         return input * self.keep.reshape(input.shape) / (1.0 - p)
 
     def _sdpa(
@@ -112,23 +114,30 @@ def _fingerprint(value: Any) -> Any:
 
 def written_names(cls: type) -> set[str]:
     """Names of the attributes that `forward`, or a method it may call, stores, read from the bytecode."""
-    names: set[str] = set()
+    stores = ("STORE_ATTR", "DELETE_ATTR")
+    return {ins.argval for code in _codes(cls) for ins in dis.get_instructions(code) if ins.opname in stores}
+
+
+def names_used(cls: type) -> set[str]:
+    """Names of the functions and attributes in `forward` and in the methods it may call, read from the bytecode."""
+    return {name for code in _codes(cls) for name in code.co_names}
+
+
+def _codes(cls: type) -> set[types.CodeType]:
     seen: set[types.CodeType] = set()
-    waiting = [_code(cls, "forward")]
+    waiting = _methods(cls, "forward")
     while waiting:
         code = waiting.pop()
-        if code is None or code in seen:
-            continue
-        seen.add(code)
-        names |= {ins.argval for ins in dis.get_instructions(code) if ins.opname in ("STORE_ATTR", "DELETE_ATTR")}
-        waiting += [_code(cls, name) for name in code.co_names]
-        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return names
+        if code not in seen:
+            seen.add(code)
+            waiting += [method for name in code.co_names for method in _methods(cls, name)]
+            waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return seen
 
 
-def _code(cls: type, name: str) -> types.CodeType | None:
-    # Methods of nn.Module itself store its own bookkeeping.
-    if name in vars(nn.Module) and name != "forward":
-        return None
-    method = getattr(cls, name, None)
-    return getattr(getattr(method, "__wrapped__", method), "__code__", None)
+def _methods(cls: type, name: str) -> list[types.CodeType]:
+    """The code of a method in a class and in those above it up to nn.Module, which `super()` may call."""
+    readers = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    found = (vars(level)[name] for level in readers if name in vars(level))
+    codes = (getattr(getattr(method, "__wrapped__", method), "__code__", None) for method in found)
+    return [code for code in codes if code is not None]
