@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from fastgpt import reference
 from fastgpt.model import GPTModel
 from fastgpt.model_fast import GPTModelFast, convert_state_dict
-from fastgpt.weights.checkpoint_files import load_pth, load_weights_file, read_weights
+from fastgpt.weights import any_model
+from fastgpt.weights.any_model import load_gpt
+from fastgpt.weights.checkpoint_files import load_pth, load_weights_file, read_weights, save_weights_file
 from fastgpt.weights.errors import WeightsError
-from fastgpt.weights.files import save_weights
+from fastgpt.weights.files import load_weights, save_weights
 from fastgpt.weights.huggingface import load_huggingface, save_huggingface
-from fastgpt.weights.layouts import infer_config, to_book
+from fastgpt.weights.layouts import infer_config, to_book, to_huggingface
 
 CFG = {
     "vocab_size": 11,
@@ -219,6 +221,84 @@ def test_a_missing_file_is_a_file_not_found(tmp_path):
     for read in (read_weights, load_huggingface, lambda path: load_pth(path, random_model())):
         with pytest.raises(FileNotFoundError, match="nowhere"):
             read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", [GPTModel, GPTModelFast, reference.GPTModel])
+def test_every_model_is_saved_under_the_names_of_the_book(tmp_path, kind):
+    source = random_model(kind)
+    save_weights_file(tmp_path / "model.safetensors", torch.compile(source))  # type: ignore[arg-type]
+    model = random_model(seed=4)
+    load_weights(tmp_path / "model.safetensors", model)
+    torch.testing.assert_close(logits(model), logits(source), rtol=0, atol=1e-6)
+
+
+def test_a_tied_head_is_saved_as_a_tensor_of_its_own(tmp_path):
+    source = random_model()
+    source.out_head.weight = source.tok_emb.weight
+    save_weights_file(tmp_path / "model.safetensors", source)
+    assert torch.equal(logits(load_gpt(tmp_path / "model.safetensors")), logits(source))
+
+
+# One door: a path in, a model out.
+
+
+def openai_params(model: nn.Module) -> dict[str, Any]:
+    """The nested arrays that the book reads from OpenAI's checkpoints."""
+    leaves = {"c_": {"weight": "w", "bias": "b"}, "ln": {"weight": "g", "bias": "b"}, "wt": {"weight": "wte"}}
+    params: dict[str, Any] = {"blocks": [{} for _ in range(CFG["n_layers"])]}
+    for name, tensor in to_huggingface(dict(model.named_parameters()), tied=True).items():
+        *path, module, leaf = name.removeprefix("transformer.").split(".")
+        array = tensor.detach().numpy()
+        if module in ("wte", "wpe"):
+            params[module] = array
+            continue
+        target = params["blocks"][int(path[1])] if path else params
+        for part in path[2:]:
+            target = target.setdefault(part, {})
+        if module != "ln_f":
+            target = target.setdefault(module, {})
+        target[leaves[module[:2]][leaf]] = array
+    return params
+
+
+def test_load_gpt_opens_every_kind(tmp_path, monkeypatch):
+    source = random_model()
+    source.out_head.weight = nn.Parameter(source.tok_emb.weight.detach().clone())
+    save_huggingface(source, tmp_path / "hf")
+    (tmp_path / "files").mkdir()
+    save_weights(tmp_path / "files" / "ours.safetensors", source, {"config": CFG})
+    save_weights_file(tmp_path / "files" / "exported.safetensors", source)
+    torch.save(source.state_dict(), tmp_path / "files" / "model.pth")
+    (tmp_path / "124M").mkdir()
+    settings = {"n_vocab": 11, "n_ctx": 4, "n_embd": 8, "n_head": 2, "n_layer": 1}
+    (tmp_path / "124M" / "hparams.json").write_text(json.dumps(settings), "utf-8")
+    monkeypatch.setattr(any_model, "load_gpt2_params_from_tf_ckpt", lambda *_: openai_params(source))
+    for path in ("hf", "hf/model.safetensors", "files/ours.safetensors", "files/exported.safetensors", "124M"):
+        assert equal(load_gpt(tmp_path / path), source), path
+        torch.testing.assert_close(logits(load_gpt(tmp_path / path)), logits(source), rtol=0, atol=1e-6)
+    assert equal(load_gpt(tmp_path / "files" / "model.pth", n_heads=2), source)
+    with pytest.raises(WeightsError, match="pass n_heads"):
+        load_gpt(tmp_path / "files" / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_layer", 10**12), ("n_layer", 2), ("n_vocab", 12), ("n_head", "2"), ("n_ctx", 0)]
+)
+def test_openai_settings_that_lie_are_refused(tmp_path, monkeypatch, key, value):
+    settings = {"n_vocab": 11, "n_ctx": 4, "n_embd": 8, "n_head": 2, "n_layer": 1} | {key: value}
+    (tmp_path / "hparams.json").write_text(json.dumps(settings), "utf-8")
+    monkeypatch.setattr(any_model, "load_gpt2_params_from_tf_ckpt", lambda *_: openai_params(random_model()))
+    with pytest.raises(WeightsError):
+        load_gpt(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_layers": 10**12}, {"emb_dim": 10**9, "n_heads": 1}, {"n_heads": 3}, {"n_heads": "2"}]
+)
+def test_a_file_with_an_absurd_configuration_is_refused_before_a_model_is_built(tmp_path, change):
+    save_weights(tmp_path / "ours.safetensors", random_model(), {"config": CFG | change})
+    with pytest.raises(WeightsError, match=r"ours\.safetensors"):
+        load_gpt(tmp_path / "ours.safetensors")
 
 
 # Wrong contents of a well-formed file.
@@ -471,7 +551,7 @@ def test_garbage_beside_the_weights_of_a_folder_ends_in_one_error(tmp_path):
     twice = b'{"n_embd": 8, "n_embd": 8}'
     for text in (b"", b"{", b"[]", b"3", b"null", b"\xff", b"[" * 100_000, twice, b"{}", good[:-9]):
         (tmp_path / "config.json").write_bytes(text)
-        with pytest.raises(WeightsError, match=r"config\.json"):
+        with pytest.raises(WeightsError, match=r"config\.json|its configuration has"):
             load_huggingface(tmp_path)
 
 
@@ -572,3 +652,24 @@ def test_mutated_files_end_in_one_error_or_load_completely(tmp_path, write, chec
             assert not equal(model, untouched)
             assert torch.isfinite(logits(model)).all() or not checksums
     assert errors > 50
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_mutated_json_of_a_folder_ends_in_one_error_or_loads_completely(tmp_path, name):
+    source = random_model()
+    save_huggingface(source, tmp_path)
+    places = dict.fromkeys(to_huggingface(dict(source.named_parameters()), tied=False), "part.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), "utf-8")
+    good = (tmp_path / name).read_bytes()
+    rng = random.Random(1)
+    errors = 0
+    for _ in range(100):
+        (tmp_path / name).write_bytes(mutate(good, rng))
+        try:
+            model = load_huggingface(tmp_path)
+        except WeightsError:
+            errors += 1
+        else:
+            assert equal(model, source)
+    assert errors > 30

@@ -15,7 +15,7 @@ not fit leaves the model as it was.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.weights.errors import WeightsError
-from fastgpt.weights.layouts import plain_names, to_book
+from fastgpt.weights.files import write_tensors
+from fastgpt.weights.layouts import to_book
+from fastgpt.weights.models import book_views, copy_weights, model_config
 from fastgpt.weights.safetensors_files import read_json, read_safetensors
-from fastgpt.weights.torch_files import LEGACY_MAGIC, ZIP_MAGIC, read_torch
+from fastgpt.weights.torch_files import is_torch_file, read_torch
 
 # In the order in which transformers looks for them.
 FOLDER_FILES = (
@@ -38,8 +40,6 @@ FOLDER_FILES = (
 # Where checkpoints keep the model's tensors beside other things; the first is the book's.
 _MODEL_KEYS = ("model_state_dict", "state_dict", "model")
 _OPTIMIZER_KEY = "optimizer_state_dict"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_SHOWN = 4
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -99,6 +99,24 @@ def load_pth(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.op
         optimizer.load_state_dict(state)
 
 
+def save_weights_file(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Write a model's weights as a safetensors file under the book's names, without masks, with its configuration.
+
+    Args:
+        path: where; a file there is replaced at once, never half.
+        model: as for `load_weights_file`; `GPTModelFast` is written under the book's names, too. A head that is tied to
+            the token embedding is written as a tensor of its own.
+
+    Raises:
+        WeightsError: this is no model of the book's.
+    """
+    tensors = book_views(model)
+    head, embedding = tensors.get("out_head.weight"), tensors["tok_emb.weight"]
+    if head is not None and head.data_ptr() == embedding.data_ptr():
+        tensors["out_head.weight"] = head.clone()
+    write_tensors(path, tensors, {"config": model_config(model)})
+
+
 def read_tensors_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a file or folder under their own names.
 
@@ -114,9 +132,7 @@ def read_tensors_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     _existing_file(path)
     if path.name.endswith(".index.json"):
         return _read_shards(path)
-    with path.open("rb") as file:
-        begin = file.read(len(LEGACY_MAGIC))
-    if begin.startswith(ZIP_MAGIC) or begin == LEGACY_MAGIC:
+    if is_torch_file(path):
         return _state_dict(path, read_torch(path))
     return read_safetensors(path)
 
@@ -165,83 +181,6 @@ def _named(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[
         return to_book(tensors)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error} Nothing was loaded.") from None
-
-
-def copy_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Copy weights under the book's names into a model once all of them fit.
-
-    Args:
-        path: where they are from, for the error.
-        weights: from `read_weights` or `to_book`.
-        model: as for `load_weights_file`.
-
-    Raises:
-        WeightsError: names, shapes or dtypes differ; the model is as it was.
-    """
-    targets = book_views(model)
-    weights = _without_zero_biases(weights, targets)
-    problems = list(_problems(weights, targets))
-    if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise WeightsError(
-            f"{path} does not fit this model: {'; '.join(problems[:_SHOWN])}{more}. Nothing was loaded. "
-            "Build the model with the configuration of these weights; fastgpt.weights.infer_config reads it from them."
-        )
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(weights[name])
-
-
-def book_views(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and persistent buffers under the book's names, without masks: views that can be written to.
-
-    Raises:
-        WeightsError: this is no GPT-2 under the names of `GPTModel` or `GPTModelFast`.
-    """
-    buffers = {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set and name != "mask"
-    }
-    tensors = {name: tensor.detach() for name, tensor in model.named_parameters(remove_duplicate=False)} | buffers
-    if "tok_emb.weight" not in plain_names(tensors):
-        raise WeightsError(f"{type(model).__name__} is no model with the book's names: it has no tok_emb.weight.")
-    return to_book(tensors)
-
-
-def _without_zero_biases(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def needless(name: str) -> bool:
-        extra = name not in targets and name.endswith((".att.W_query.bias", ".att.W_key.bias", ".att.W_value.bias"))
-        return extra and not weights[name].is_meta and not bool(weights[name].any())
-
-    return {name: tensor for name, tensor in weights.items() if not needless(name)}
-
-
-def _problems(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Iterator[str]:
-    yield from (f"{name} is missing" for name in targets if name not in weights)
-    yield from (f"{name[:100]} is not part of the model" for name in weights if name not in targets)
-    common = [name for name in targets if name in weights]
-    for name in common:
-        got, wanted = weights[name], targets[name]
-        if got.shape != wanted.shape:
-            yield f"{name} has shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
-        elif got.dtype != wanted.dtype and not (got.dtype in _FLOATS and wanted.dtype in _FLOATS):
-            yield f"{name} is {got.dtype}, wanted {wanted.dtype}"
-        elif got.is_meta or wanted.is_meta:
-            yield f"{name} is on the meta device, which holds no numbers (model.to_empty(device='cpu') gives it memory)"
-        elif got.layout != torch.strided:
-            yield f"{name} is sparse"
-    if {"tok_emb.weight", "out_head.weight"} <= set(common):
-        yield from _tie_problem(weights, targets)
-
-
-def _tie_problem(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Iterator[str]:
-    wte, head = weights["tok_emb.weight"], weights["out_head.weight"]
-    one = targets["tok_emb.weight"].data_ptr() == targets["out_head.weight"].data_ptr()
-    same = one and wte.shape == head.shape == targets["out_head.weight"].shape
-    if same and not targets["out_head.weight"].is_meta and wte is not head and not torch.equal(wte, head):
-        yield "out_head.weight and tok_emb.weight are one tensor in the model, two different ones in the file"
 
 
 def _optimizer_state(path: str | os.PathLike[str], content: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.config import check_config
-from fastgpt.weights.checkpoint_files import book_views, copy_weights, read_weights
+from fastgpt.weights.checkpoint_files import read_weights
 from fastgpt.weights.errors import WeightsError
 from fastgpt.weights.files import write_tensors, write_text
-from fastgpt.weights.layouts import infer_config, to_book, to_huggingface
+from fastgpt.weights.layouts import to_book, to_huggingface
+from fastgpt.weights.models import book_views, build_model, copy_weights, model_config
 from fastgpt.weights.safetensors_files import read_json
 
 # Names of the same tanh form of GELU.
@@ -49,8 +50,6 @@ def load_huggingface(folder: str | os.PathLike[str], model: nn.Module | None = N
         FileNotFoundError: a file is missing.
         WeightsError: a file is damaged, or describes another model than a GPT-2 of the book's kind.
     """
-    from fastgpt.model import GPTModel
-
     path = Path(folder)
     if not path.exists():
         raise FileNotFoundError(f"There is no {path} (looked from {Path.cwd()}).")
@@ -62,39 +61,10 @@ def load_huggingface(folder: str | os.PathLike[str], model: nn.Module | None = N
     except WeightsError as error:
         raise WeightsError(f"{config}: {error}") from None
     weights = read_weights(path)
-    _check_sizes(path, weights, cfg)
     if model is None:
-        with torch.device("meta"):
-            built = GPTModel(cfg).to(weights["tok_emb.weight"].dtype)
-        _check_fit(path, weights, built)
-        model = built.to_empty(device="cpu").eval()
+        return build_model(path, weights, cfg)
     copy_weights(path, weights, model)
     return model
-
-
-def _check_sizes(path: Path, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> None:
-    try:
-        # One head, which always fits: only the other sizes are compared.
-        found = infer_config(weights, n_heads=1)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error} Nothing was loaded.") from None
-    for key in ("vocab_size", "context_length", "emb_dim", "n_layers"):
-        if found[key] != cfg[key]:
-            raise WeightsError(f"{path}: config.json has {key}={cfg[key]}, the weights have {found[key]}.")
-    if not weights["tok_emb.weight"].is_floating_point():
-        raise WeightsError(f"{path}: its weights are {weights['tok_emb.weight'].dtype}, not floating point.")
-
-
-def _check_fit(path: Path, weights: Mapping[str, Tensor], built: nn.Module) -> None:
-    """Shapes against a model without memory, so that memory is taken only for weights that are there."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in book_views(built).items()}
-    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = next((name for name in wanted | got if wanted.get(name) != got.get(name)), None)
-    if wrong is not None:
-        raise WeightsError(
-            f"{path} does not fit its config.json: {wrong[:100]} has shape {got.get(wrong, 'none')}, wanted "
-            f"{wanted.get(wrong, 'none')}. Nothing was loaded."
-        )
 
 
 def save_huggingface(model: nn.Module, folder: str | os.PathLike[str], *, eot_token: int | None = None) -> None:
@@ -125,39 +95,6 @@ def save_huggingface(model: nn.Module, folder: str | os.PathLike[str], *, eot_to
     write_tensors(folder / "model.safetensors", tensors, {})
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True) + "\n")
-
-
-def model_config(model: nn.Module) -> dict[str, Any]:
-    """The configuration that a model was built with, read from it.
-
-    Args:
-        model: `GPTModel`, `GPTModelFast` or the reader's own, bare or inside torch.compile or DDP.
-
-    Returns:
-        A new configuration; drop rates that differ stand under exercise 4.3's three keys.
-
-    Raises:
-        WeightsError: it is no model of the book's.
-    """
-    inner: Any = model
-    while (wrapped := getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)) is not None:
-        inner = wrapped
-    blocks = list(inner.trf_blocks) if hasattr(inner, "trf_blocks") else []
-    n_heads = getattr(getattr(blocks[0], "att", None), "num_heads", None) if blocks else 1
-    cfg = infer_config(book_views(model), n_heads)
-    rates = [_rate(inner, "drop_emb")]
-    if blocks:
-        shortcut = "drop_shortcut" if hasattr(blocks[0], "drop_shortcut") else "drop_resid"
-        rates += [_rate(blocks[0].att, "dropout"), _rate(blocks[0], shortcut)]
-    if len(set(rates)) == 1:
-        return cfg | {"drop_rate": rates[0]}
-    del cfg["drop_rate"]
-    return cfg | dict(zip(("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut"), rates, strict=True))
-
-
-def _rate(module: Any, name: str) -> float:
-    dropout = getattr(module, name, 0.0)
-    return float(dropout if isinstance(dropout, int | float) else getattr(dropout, "p", 0.0))
 
 
 def huggingface_config(cfg: Mapping[str, Any], *, tied: bool = True, eot_token: int | None = 50256) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,27 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is damaged or truncated.
     """
-    path = Path(path)
+    return _read(Path(path), lambda name: "/" not in name)[0]
+
+
+def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What fastgpt wrote beside the tensors of a safetensors file; {} for a file that is not ours.
+
+    Raises:
+        WeightsError: the file is damaged or truncated.
+    """
+    return _read(Path(path), lambda name: False)[1]
+
+
+def _read(path: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _check_header(path)
     try:
-        tensors, _ = read_tensors(path, wanted=lambda name: "/" not in name)
+        tensors, info = read_tensors(path, wanted=wanted)
     except WeightsError:
         raise
     except (CheckpointError, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged or truncated: {error}. {_REMEDY}") from None
-    return tensors
+    return tensors, info if isinstance(info, dict) else {}
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

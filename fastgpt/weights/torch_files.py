@@ -27,6 +27,13 @@ _TORCH_ERRORS = (AssertionError, OSError, RuntimeError, struct.error)
 _REMEDY = "Nothing was loaded; get or write the file again."
 
 
+def is_torch_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as those of `torch.save` do."""
+    with open(path, "rb") as file:
+        begin = file.read(len(LEGACY_MAGIC))
+    return begin.startswith(ZIP_MAGIC) or begin == LEGACY_MAGIC
+
+
 def read_torch(path: str | os.PathLike[str]) -> Any:
     """Read a file of `torch.save`, of which only tensors, numbers, text, dicts, lists and tuples are accepted.
 
