@@ -102,7 +102,7 @@ class Generator:
         """
         session = self._session(prompts, max_new_tokens, Sampling(temperature, top_k, top_p, seed), eos_id, overflow)
         if session is None:
-            return read_prompts(prompts, None)
+            return prompts.new_zeros(0, prompts.shape[1] + max_new_tokens) if isinstance(prompts, Tensor) else []
         steps = list(session)
         if isinstance(session.prompts, Tensor):
             return torch.cat([session.prompts, *steps], dim=1)

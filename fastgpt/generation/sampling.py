@@ -88,10 +88,11 @@ class Sampling:
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Set to 0 what the likeliest tokens, together at least top_p, do not need. (batch, vocab_size) both."""
-    ordered = probabilities.float().sort(dim=-1, descending=True).values
+    ordered = probabilities.sort(dim=-1, descending=True).values
+    total = ordered.cumsum(dim=-1, dtype=torch.promote_types(ordered.dtype, torch.float32))
     # A token is needed while those before it have not reached top_p; the first one always is.
-    needed = (ordered.cumsum(dim=-1) - ordered < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    least = ordered.gather(1, needed - 1).to(probabilities.dtype)
+    needed = (total - ordered < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    least = ordered.gather(1, needed - 1)
     return probabilities.masked_fill(probabilities < least, 0.0)
 
 
