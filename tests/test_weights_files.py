@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from bundle_writer import write_bundle
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgpt import reference
 from fastgpt.model import GPTModel
 from fastgpt.model_fast import GPTModelFast, convert_state_dict
-from fastgpt.weights import any_model
 from fastgpt.weights.any_model import load_gpt
 from fastgpt.weights.checkpoint_files import load_pth, load_weights_file, read_weights, save_weights_file
 from fastgpt.weights.errors import WeightsError
@@ -176,6 +176,33 @@ def test_an_optimizer_of_another_model_changes_neither(tmp_path):
     assert equal(model, random_model(seed=4)) and not optimizer.state
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"param_groups": None},
+        {"param_groups": [{"lr": 0.1, "params": "all"}]},
+        {"param_groups": [{"lr": 0.1, "params": [0]}]},
+        {"param_groups": [{"lr": 0.1, "params": [0] * 21}]},
+        {"param_groups": [{"lr": 0.1, "params": [[]] * 21}]},
+        {"param_groups": [{"params": list(range(21))}]},
+        {"state": [1]},
+        {"state": {99: {}}},
+        {"state": {0: 3}},
+        {"state": {0: {"exp_avg": torch.zeros(3)}}},
+    ],
+)
+def test_a_damaged_optimizer_state_changes_neither(tmp_path, change):
+    model = random_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = optimizer.state_dict()
+    assert state["param_groups"][0]["params"] == list(range(21))
+    torch.save({"model_state_dict": model.state_dict(), "optimizer_state_dict": state | change}, tmp_path / "a.pth")
+    again = random_model(seed=4)
+    with pytest.raises(WeightsError, match=r"a\.pth"):
+        load_pth(tmp_path / "a.pth", again, torch.optim.AdamW(again.parameters()))
+    assert equal(again, random_model(seed=4))
+
+
 def test_values_are_rounded_to_the_dtype_of_the_model(tmp_path):
     source = random_model()
     torch.save(source.state_dict(), tmp_path / "model.pth")
@@ -242,26 +269,25 @@ def test_a_tied_head_is_saved_as_a_tensor_of_its_own(tmp_path):
 # One door: a path in, a model out.
 
 
-def openai_params(model: nn.Module) -> dict[str, Any]:
-    """The nested arrays that the book reads from OpenAI's checkpoints."""
-    leaves = {"c_": {"weight": "w", "bias": "b"}, "ln": {"weight": "g", "bias": "b"}, "wt": {"weight": "wte"}}
-    params: dict[str, Any] = {"blocks": [{} for _ in range(CFG["n_layers"])]}
+SETTINGS = {"n_vocab": 11, "n_ctx": 4, "n_embd": 8, "n_head": 2, "n_layer": 1}
+
+
+def write_openai(folder: Path, model: nn.Module) -> None:
+    """What the book's download leaves of a model whose head is tied."""
+    leaves = {"c_": {"weight": "w", "bias": "b"}, "ln": {"weight": "g", "bias": "b"}}
+    arrays = {}
     for name, tensor in to_huggingface(dict(model.named_parameters()), tied=True).items():
-        *path, module, leaf = name.removeprefix("transformer.").split(".")
+        *path, module, leaf = name.removeprefix("transformer.").replace("h.", "h").split(".")
+        parts = [*path, module, leaves[module[:2]][leaf]] if module[:2] in leaves else [module]
         array = tensor.detach().numpy()
-        if module in ("wte", "wpe"):
-            params[module] = array
-            continue
-        target = params["blocks"][int(path[1])] if path else params
-        for part in path[2:]:
-            target = target.setdefault(part, {})
-        if module != "ln_f":
-            target = target.setdefault(module, {})
-        target[leaves[module[:2]][leaf]] = array
-    return params
+        # Its matrices are kernels of a convolution of width 1.
+        arrays["/".join(["model", *parts])] = array[None] if parts[-1] == "w" else array
+    folder.mkdir()
+    write_bundle(folder / "model.ckpt", arrays)
+    (folder / "hparams.json").write_text(json.dumps(SETTINGS), "utf-8")
 
 
-def test_load_gpt_opens_every_kind(tmp_path, monkeypatch):
+def test_load_gpt_opens_every_kind(tmp_path):
     source = random_model()
     source.out_head.weight = nn.Parameter(source.tok_emb.weight.detach().clone())
     save_huggingface(source, tmp_path / "hf")
@@ -269,10 +295,7 @@ def test_load_gpt_opens_every_kind(tmp_path, monkeypatch):
     save_weights(tmp_path / "files" / "ours.safetensors", source, {"config": CFG})
     save_weights_file(tmp_path / "files" / "exported.safetensors", source)
     torch.save(source.state_dict(), tmp_path / "files" / "model.pth")
-    (tmp_path / "124M").mkdir()
-    settings = {"n_vocab": 11, "n_ctx": 4, "n_embd": 8, "n_head": 2, "n_layer": 1}
-    (tmp_path / "124M" / "hparams.json").write_text(json.dumps(settings), "utf-8")
-    monkeypatch.setattr(any_model, "load_gpt2_params_from_tf_ckpt", lambda *_: openai_params(source))
+    write_openai(tmp_path / "124M", source)
     for path in ("hf", "hf/model.safetensors", "files/ours.safetensors", "files/exported.safetensors", "124M"):
         assert equal(load_gpt(tmp_path / path), source), path
         torch.testing.assert_close(logits(load_gpt(tmp_path / path)), logits(source), rtol=0, atol=1e-6)
@@ -284,12 +307,31 @@ def test_load_gpt_opens_every_kind(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value"), [("n_layer", 10**12), ("n_layer", 2), ("n_vocab", 12), ("n_head", "2"), ("n_ctx", 0)]
 )
-def test_openai_settings_that_lie_are_refused(tmp_path, monkeypatch, key, value):
-    settings = {"n_vocab": 11, "n_ctx": 4, "n_embd": 8, "n_head": 2, "n_layer": 1} | {key: value}
-    (tmp_path / "hparams.json").write_text(json.dumps(settings), "utf-8")
-    monkeypatch.setattr(any_model, "load_gpt2_params_from_tf_ckpt", lambda *_: openai_params(random_model()))
+def test_openai_settings_that_lie_are_refused(tmp_path, key, value):
+    write_openai(tmp_path / "124M", random_model())
+    (tmp_path / "124M" / "hparams.json").write_text(json.dumps(SETTINGS | {key: value}), "utf-8")
     with pytest.raises(WeightsError):
-        load_gpt(tmp_path)
+        load_gpt(tmp_path / "124M")
+
+
+@pytest.mark.parametrize("name", ["hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"])
+def test_mutated_files_of_openai_end_in_one_error_or_load_completely(tmp_path, name):
+    source = random_model()
+    source.out_head.weight = nn.Parameter(source.tok_emb.weight.detach().clone())
+    write_openai(tmp_path / "124M", source)
+    path = tmp_path / "124M" / name
+    good = path.read_bytes()
+    rng = random.Random(2)
+    errors = 0
+    for _ in range(60):
+        path.write_bytes(mutate(good, rng))
+        try:
+            model = load_gpt(tmp_path / "124M")
+        except WeightsError:
+            errors += 1
+        else:
+            assert equal(model, source)
+    assert errors > 20
 
 
 @pytest.mark.parametrize(

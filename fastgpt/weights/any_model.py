@@ -94,6 +94,6 @@ def _load_openai(folder: Path) -> nn.Module:
         load_weights_into_gpt(model, params)
     except FileNotFoundError:
         raise
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder} holds no whole GPT-2 of its hparams.json: {str(error)[:300]}") from None
     return model.eval()

@@ -192,16 +192,16 @@ def _optimizer_state(path: str | os.PathLike[str], content: Any, optimizer: torc
     if (
         not isinstance(groups, list)
         or not isinstance(states, Mapping)
-        or not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        or not all(isinstance(group, dict) and _are_numbers(group.get("params")) and "lr" in group for group in groups)
     ):
-        raise WeightsError(f"{path} is damaged: its {_OPTIMIZER_KEY} has no param_groups and state.")
+        raise WeightsError(f"{path} is damaged: its {_OPTIMIZER_KEY} has no usable param_groups and state.")
     got = [len(group["params"]) for group in groups]
     wanted = [len(group["params"]) for group in optimizer.param_groups]
     if got != wanted:
         raise WeightsError(f"{path} is of another optimizer: groups of {got} parameters, wanted {wanted}.")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in groups for number in group["params"]]
-    if sorted(map(str, numbers)) != sorted({str(n) for n in numbers}) or not set(states) <= set(numbers):
+    if len(set(numbers)) != len(numbers) or not set(states) <= set(numbers):
         raise WeightsError(f"{path} is damaged: its {_OPTIMIZER_KEY} numbers its parameters wrongly.")
     for number, parameter in zip(numbers, parameters, strict=True):
         state = states.get(number, {})
@@ -211,3 +211,7 @@ def _optimizer_state(path: str | os.PathLike[str], content: Any, optimizer: torc
         if wrong:
             raise WeightsError(f"{path} is of another optimizer: the state of parameter {number} has another shape.")
     return dict(saved)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)

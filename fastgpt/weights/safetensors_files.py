@@ -20,8 +20,8 @@ from fastgpt.weights.errors import WeightsError
 from fastgpt.weights.files import CheckpointError, read_tensors
 
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_MAX_HEADER_BYTES = 100_000_000
-_MAX_JSON_BYTES = 16 << 20
+# JSON becomes many times larger in memory; the header of GPT-2 XL has 0.1 MiB.
+_MAX_HEADER_BYTES = _MAX_JSON_BYTES = 8 << 20
 _REMEDY = "Nothing was loaded; get or write the file again."
 
 

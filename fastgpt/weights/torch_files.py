@@ -19,7 +19,8 @@ from fastgpt.weights.pickle_scan import PICKLE_ERRORS, Scan, Storage, scan
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-_MAX_PICKLE_BYTES = 64 << 20
+# A pickle becomes up to 64 times larger in memory; that of GPT-2 XL with its optimizer is below 1 MiB.
+_MAX_PICKLE_BYTES = 8 << 20
 _MAX_MEMBERS = 1_000_000
 _ENCRYPTED = 1
 # torch.load asserts, too, what a file must be like.
@@ -128,8 +129,9 @@ def _check_storage(path: Path, storage: Storage, got: int) -> None:
 def _check_legacy(path: Path) -> None:
     with path.open("rb") as file:
         # Magic number, protocol version, the writer's machine, the object, and the keys of its storages.
-        scans: list[Scan] = [scan(file) for _ in range(5)]
-        left = path.stat().st_size - file.tell()
+        pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
+    scans: list[Scan] = [scan(pickles) for _ in range(5)]
+    left = path.stat().st_size - pickles.tell()
     storages, keys = scans[3].storages, scans[4].content
     claimed = sum(8 + storage.n_bytes for storage in storages.values())
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages) or claimed != left:
