@@ -219,6 +219,7 @@ class Session:
         generator = self.sampling.generator(rows.ids.device)
         ended = torch.zeros(len(rows.lengths), dtype=torch.bool, device="cpu")
         filler = -1 if self.eos_id is None else self.eos_id
+        may_end = self.eos_id is not None or self.stop_at is not None
         for _ in range(self.max_new_tokens):
             if self.stop_at is not None:
                 ended = ended | (rows.lengths >= self.stop_at)
@@ -232,7 +233,9 @@ class Session:
                     return
             self.counts += ~ended
             rows.append(tokens)
-            yield tokens.masked_fill(ended.to(tokens.device), filler)[:, None]
+            if may_end:
+                tokens = tokens.masked_fill(ended.to(tokens.device), filler)
+            yield tokens[:, None]
 
 
 def verify(network: Network, model: Callable[[Tensor], Tensor]) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.generation.linear import Function, linear
+from fastgpt.generation.layers import Function, layer_norm, linear
 
 # Classes of these modules are known to compute what their structure says.
 _OWN = ("fastgpt.model", "fastgpt.reference", "fastgpt.generation.", "torch.nn.")
@@ -215,8 +215,7 @@ class _Reader:
             return self.function(module)
         if weight.ndim != 1 or weight.shape != bias.shape:
             return self.function(module)
-        weight, bias = self.tensor(weight), self.tensor(bias)
-        return lambda x: ops.layer_norm(x, weight, bias, eps)
+        return layer_norm(self.tensor(weight), self.tensor(bias), eps)
 
     def activation(self, module: nn.Module) -> Function:
         own = type(module).__name__ == "GELU" and type(module).__module__.startswith("fastgpt.")

@@ -8,7 +8,6 @@ comes from the model itself.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,7 +77,7 @@ def generate(
     sampling = Sampling(temperature if temperature > 0.0 else 0.0, top_k)
     if len(prompts) == 0:
         return torch.cat([prompts, prompts.new_zeros(0, max_new_tokens)], dim=1)
-    engine = _engine(model, prompts, max_new_tokens, context_size, eos_id)
+    engine = _engine(model, prompts, max_new_tokens, context_size, eos_id is not None)
     return torch.cat([prompts, *Session(engine, prompts, max_new_tokens, sampling, eos_id)], dim=1)
 
 
@@ -89,7 +88,7 @@ def steps(model: Callable[[Tensor], Tensor], idx: Tensor, max_new_tokens: int) -
         model, idx, max_new_tokens: as for `generate_text_simple`.
     """
     prompts = _batch(idx)
-    engine = _engine(model, prompts, max_new_tokens, sys.maxsize, eos_id=-1)
+    engine = _engine(model, prompts, max_new_tokens, None)
     return iter(Session(engine, prompts, max_new_tokens, Sampling()))
 
 
@@ -101,18 +100,23 @@ def _batch(idx: Tensor) -> Tensor:
 
 
 def _engine(
-    model: Callable[[Tensor], Tensor], prompts: Tensor, max_new_tokens: int, context_size: int, eos_id: int | None
+    model: Callable[[Tensor], Tensor],
+    prompts: Tensor,
+    max_new_tokens: int,
+    context_size: int | None,
+    may_end: bool = True,
 ) -> Engine:
+    """The engine for this model; with context_size None nothing is cropped."""
     try:
         network = _network(model, prompts, context_size)
     except NotRecognised as reason:
         logger.info("generate runs without a cache: %s", reason)
         return PlainEngine(model, context_size)
     context_length = network.context_length
-    if context_size <= context_length:
+    if context_size is not None and context_size <= context_length:
         return CachedEngine(network, context_size, "exact", max_new_tokens)
-    to_read = min(context_size, prompts.shape[1] + max_new_tokens - 1)
-    if eos_id is None and to_read > context_length:
+    to_read = min(context_size or 0, prompts.shape[1] + max_new_tokens - 1)
+    if not may_end and to_read > context_length:
         raise OutOfRangeError(
             f"context_size is {context_size} and {to_read} tokens would be read, but the model's context holds "
             f"{context_length}; pass context_size={context_length}, and only the last {context_length} tokens are read."
@@ -120,9 +124,9 @@ def _engine(
     return CachedEngine(network, context_length, "error", max_new_tokens)
 
 
-def _network(model: Any, prompts: Tensor, context_size: int) -> Network:
+def _network(model: Any, prompts: Tensor, context_size: int | None) -> Network:
     """The model as a network; raises NotRecognised wherever the plain loop is needed, or gives the better error."""
-    if context_size < 1:
+    if context_size is not None and context_size < 1:
         raise NotRecognised(f"context_size is {context_size}")
     dropout = next((m for m in modules_of(model) if _drops(m)), None)
     if dropout is not None:
