@@ -7,14 +7,14 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 struct AttentionBackwardWorkspace {
-  float *k, *v;                       // (k_padded, n_padded)
-  float *q, *q_transposed;            // (kBlockM, n_padded), (n_padded, kBlockM)
-  float *dout, *dout_transposed;      // the same, times the scale of dropout
-  float* weights;                     // (kBlockN, kBlockM): scores, then weights after dropout
-  float* dscores;                     // (kBlockN, kBlockM): dout v^T, then the gradient of the scores
-  float* dq;                          // (kBlockM, n_padded)
-  float *lse, *delta;                 // (kBlockM): lse in powers of 2; dout . out of a row
-  float *dk = nullptr, *dv = nullptr; // (k_padded, n_padded): sums of one item
+  float *k, *v;                        // (k_padded, n_padded)
+  float *q, *q_transposed;             // (kBlockM, n_padded), (n_padded, kBlockM)
+  float *dout, *dout_transposed;       // the same, times the scale of dropout
+  float* weights;                      // (kBlockN, kBlockM): scores, then weights after dropout
+  float* dscores;                      // (kBlockN, kBlockM): dout v^T, then the gradient of the scores
+  float* dq;                           // (kBlockM, n_padded)
+  float *lse, *delta;                  // (kBlockM): lse in powers of 2; dout . out of a row
+  float *dk = nullptr, *dv = nullptr;  // (k_padded, n_padded): sums of one item
   int64_t floats;
 
   AttentionBackwardWorkspace(const Plan& plan, float* base) {
@@ -125,8 +125,7 @@ static void attention_backward_block(const AttentionBackwardArgs& a, const Atten
     attention_backward_accumulate(w, tile, block.rows, n_padded);
   }
   T* dq = head_rows<T>(a.dq, batch, head) + block.first * a.dq.row_stride;
-  unpack_rows(dq, a.dq.row_stride, w.dq, block.rows, s.head_dim, n_padded,
-              [&](int64_t) { return a.softmax_scale; });
+  unpack_rows(dq, a.dq.row_stride, w.dq, block.rows, s.head_dim, n_padded, [&](int64_t) { return a.softmax_scale; });
 }
 
 // dk and dv of one head: the sums of its parts, added in the order of the parts.

@@ -9,11 +9,11 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 struct AttentionForwardWorkspace {
-  float *k, *v;                 // (k_padded, n_padded): the keys and values of a head
-  float *q, *q_transposed;      // (kBlockM, n_padded), (n_padded, kBlockM)
-  float* weights;               // (kBlockN, kBlockM): scores, then weights, of one tile
-  float* acc;                   // (kBlockM, n_padded): the output before it is divided by l
-  float *m, *l, *rescale;       // (kBlockM): running maximum and sum of a row, and what a tile multiplies acc by
+  float *k, *v;             // (k_padded, n_padded): the keys and values of a head
+  float *q, *q_transposed;  // (kBlockM, n_padded), (n_padded, kBlockM)
+  float* weights;           // (kBlockN, kBlockM): scores, then weights, of one tile
+  float* acc;               // (kBlockM, n_padded): the output before it is divided by l
+  float *m, *l, *rescale;   // (kBlockM): running maximum and sum of a row, and what a tile multiplies acc by
   int64_t floats;
 
   AttentionForwardWorkspace(const Plan& plan, float* base) {
@@ -59,8 +59,7 @@ FASTGPT_INLINE void attention_softmax(const AttentionForwardWorkspace& w, const 
 }
 
 // acc = rescale * acc + weights^T V, kMr rows at a time, each with the keys that its last row sees.
-static void attention_accumulate(const AttentionForwardWorkspace& w, const Tile& tile, int64_t rows,
-                                 int64_t n_padded) {
+static void attention_accumulate(const AttentionForwardWorkspace& w, const Tile& tile, int64_t rows, int64_t n_padded) {
   for (int64_t row = 0; row < rows; row += kMr) {
     const int64_t keys = tile.visible(row + kMr - 1);
     if (keys == 0) continue;
@@ -73,8 +72,8 @@ static void attention_accumulate(const AttentionForwardWorkspace& w, const Tile&
 }
 
 template <class T, bool kDropout>
-static void attention_forward_block(const AttentionForwardArgs& a, const AttentionForwardWorkspace& w,
-                                    int64_t n_padded, int64_t batch, int64_t head, const QueryBlock& block) {
+static void attention_forward_block(const AttentionForwardArgs& a, const AttentionForwardWorkspace& w, int64_t n_padded,
+                                    int64_t batch, int64_t head, const QueryBlock& block) {
   const AttentionSizes& s = a.sizes;
   const int64_t padded_rows = block.padded_rows();
   const T* q = head_rows<const T>(a.q, batch, head) + block.first * a.q.row_stride;

@@ -44,9 +44,7 @@ struct QueryBlock {
 
   int64_t keys() const { return diagonal + rows; }
   int64_t padded_rows() const { return round_up(rows, kLanes); }
-  Tile tile(int64_t first_key) const {
-    return {first_key, min(kBlockN, keys() - first_key), diagonal - first_key};
-  }
+  Tile tile(int64_t first_key) const { return {first_key, min(kBlockN, keys() - first_key), diagonal - first_key}; }
 };
 
 // scores[j][row] = scale * (x_j . y_row) for the keys j and rows of a tile, but for those right of the diagonal.

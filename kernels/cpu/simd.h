@@ -84,7 +84,7 @@ FASTGPT_INLINE VecF load(const Bf16* p) {
   memcpy(&half, p, sizeof half);
   // One instruction each, where GCC 12 makes five of __builtin_convertvector.
 #if defined(__AVX512F__) && !defined(FASTGPT_LANES)
-  const VecU wide = (VecU)_mm512_cvtepu16_epi32((__m256i)half);
+  const VecU wide = (VecU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);
 #elif defined(__AVX2__) && !defined(FASTGPT_LANES)
   const VecU wide = (VecU)_mm256_cvtepu16_epi32((__m128i)half);
 #else
@@ -233,11 +233,12 @@ FASTGPT_INLINE VecF exp2(VecF x) {
 // The 64-bit products a * b of unsigned 32-bit numbers, in two halves.
 FASTGPT_INLINE void multiply_wide(VecU a, uint32_t b, VecU& high, VecU& low) {
 #if defined(__AVX512F__) && !defined(FASTGPT_LANES)
+  // The maskz forms, as GCC 12 warns of an uninitialised operand within the others.
   const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-  high = (VecU)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-  low = (VecU)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  const __m512i even = _mm512_maskz_mul_epu32(0xff, (__m512i)a, factor);
+  const __m512i odd = _mm512_maskz_mul_epu32(0xff, _mm512_maskz_srli_epi64(0xff, (__m512i)a, 32), factor);
+  high = (VecU)_mm512_mask_blend_epi32(0xaaaa, _mm512_maskz_srli_epi64(0xff, even, 32), odd);
+  low = (VecU)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_maskz_slli_epi64(0xff, odd, 32));
 #elif defined(__AVX2__) && !defined(FASTGPT_LANES)
   const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
   const __m256i even = _mm256_mul_epu32((__m256i)a, factor);

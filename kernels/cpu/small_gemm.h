@@ -2,8 +2,8 @@
 //
 //   C[r][n] (+)= sum over k of A[r][k] * B[k][n],   n = 0 .. N * kLanes - 1
 //
-// A step of k loads N vectors of a row of B, broadcasts kMr numbers of A and does kMr * N FMAs: with AVX2 7 loads for 12
-// FMAs, which keep both units busy for 6 cycles. A is read as it lies, row by row or column by column, B in rows of
+// A step of k loads N vectors of a row of B, broadcasts kMr numbers of A and does kMr * N FMAs: with AVX2 7 loads for
+// 12 FMAs, which keep both units busy for 6 cycles. A is read as it lies, row by row or column by column, B in rows of
 // vectors. 4 rows divide every block, so that only the vectors have a tail, and only at head dimensions and diagonals.
 #pragma once
 
@@ -25,7 +25,9 @@ enum class Layout { kRows, kColumns };  // of A: A[r][k] is a[r * lda + k] or a[
 template <int N, Layout kLayout>
 FASTGPT_INLINE void accumulate(VecF (&acc)[kMr][N], const float* a, int64_t lda, const float* b, int64_t ldb,
                                int64_t k_count) {
-  for (int64_t k = 0; k < k_count; ++k) {
+  // At least one step: with a loop that may be empty, GCC 12 moves every accumulator through memory before and after.
+  int64_t k = 0;
+  do {
     VecF row[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
@@ -37,7 +39,7 @@ FASTGPT_INLINE void accumulate(VecF (&acc)[kMr][N], const float* a, int64_t lda,
     }
     a += kLayout == Layout::kRows ? 1 : lda;
     b += ldb;
-  }
+  } while (++k < k_count);
 }
 
 // C = scale * A B
@@ -99,7 +101,8 @@ static void pack_rows(float* packed, const T* x, int64_t stride, int64_t rows, i
   memset(packed + rows * n_padded, 0, sizeof(float) * n_padded * (rows_padded - rows));
 }
 
-// The transpose of packed rows: column i of n_padded columns becomes row i, ld numbers long. rows: a multiple of kLanes.
+// The transpose of packed rows: column i of n_padded columns becomes row i, ld numbers long. rows: a multiple of
+// kLanes.
 static void transpose_rows(float* transposed, int64_t ld, const float* packed, int64_t rows, int64_t n_padded) {
   for (int64_t row = 0; row < rows; row += kLanes) {
     for (int64_t i = 0; i < n_padded; i += kLanes) {

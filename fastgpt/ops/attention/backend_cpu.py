@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     from fastgpt.ops.attention import Case
 
 
+# The width of the kernel's workspaces; see kMaxHeadDim in kernels/cpu/table.h.
+MAX_HEAD_DIM = 256
+
+
 def why_not(case: Case) -> str | None:
-    """float32 and bfloat16 on the CPU."""
+    """float32 and bfloat16 on the CPU, head_dim up to 256."""
+    if case.head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {case.head_dim}; the kernel takes up to {MAX_HEAD_DIM}"
     return cpu_support.why_not(case.device, case.dtype)
 
 

@@ -27,8 +27,9 @@ def apply(
     """
     q_len, k_len = q.shape[2], k.shape[2]
     hidden = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).triu(1 + k_len - q_len)
-    scores = (q @ k.transpose(2, 3)).masked_fill(hidden, -torch.inf)
-    weights = torch.softmax(scores * softmax_scale, dim=-1)
+    # Scaled before it is masked: a negative scale would turn -inf into inf.
+    scores = (q @ k.transpose(2, 3) * softmax_scale).masked_fill(hidden, -torch.inf)
+    weights = torch.softmax(scores, dim=-1)
     if dropout_p and seed is None:
         weights = torch.nn.functional.dropout(weights, dropout_p)
     elif dropout_p:
