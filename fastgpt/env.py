@@ -12,7 +12,8 @@
 | FASTGPT_TEST_DATA   | tests: folder of the third-party test data                                       |
 
 FASTGPT_BUILD_CUDA (auto, 0, 1) is read by setup.py alone. Where other programs keep GPT-2's vocabulary is read from
-their own variables: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, HF_HUB_CACHE, HF_HOME.
+their own variables: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, HF_HUB_CACHE, HF_HOME; whether Triton interprets its
+kernels from TRITON_INTERPRET, which must be set before they are imported.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ def hugging_face_hub_dir() -> Path:
     home = os.environ.get("HF_HOME", "") or os.path.join("~", ".cache", "huggingface")
     # Not Path.expanduser, which raises for a user without a home.
     return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE", "") or os.path.join(home, "hub")))
+
+
+def triton_interpret() -> bool:
+    """True when TRITON_INTERPRET makes Triton run kernels in its interpreter, on the CPU."""
+    return _flag("TRITON_INTERPRET")
 
 
 def require() -> frozenset[str]:

@@ -20,11 +20,12 @@ def why_not(device: str, *dtypes: torch.dtype) -> str | None:
     for dtype in dtypes:
         if dtype not in DTYPE_CODES:
             return f"the CUDA kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return extension.why_not("cuda") or _chip()
+    return extension.why_not("cuda") or chip()
 
 
 @functools.cache
-def _chip() -> str | None:
+def chip() -> str | None:
+    """Why the kernels cannot run on the current GPU, or None."""
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm"
     major, minor = torch.cuda.get_device_capability()

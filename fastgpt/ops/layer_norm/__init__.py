@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt.ops import dispatch, registration
 
-BACKENDS = ("cuda", "cpu", "torch", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
 
 
 class Case(NamedTuple):

@@ -1,0 +1,153 @@
+"""Every Triton kernel compiled for a GPU that need not be there: it compiles, fits, and takes the path that is meant.
+
+Registers, stack (what spills lie in) and shared memory of each kernel are recorded as properties of its test
+(pytest -o junit_family=xunit1 --junit-xml=FILE).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastgpt.ops import triton_support
+from fastgpt.ops.layer_norm import backend_triton as layer_norm
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if triton_support.interpreting():
+    pytest.skip("TRITON_INTERPRET leaves nothing to compile", allow_module_level=True)
+
+# Bytes of shared memory that one program may take.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
+FORWARD, DQ, DKDV = "forward", "backward_dq", "backward_dkdv"
+
+# capability, dtype, head_dim, dropout: the common case, padding, the largest head on the smallest chip, true float32.
+CASES = [
+    *((capability, "bf16", 64, dropout) for capability in (80, 90) for dropout in (False, True)),
+    (90, "fp16", 80, False),
+    (86, "bf16", 256, True),
+    (80, "fp32", 64, True),
+]
+# A load of four words by one thread.
+SIXTEEN_BYTES = re.compile(r"ld\.global(\.[\w:]+)*\.v4\.b32")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(kernel, capability, pointers, constants, num_warps, num_stages=3):
+    """The kernel as it is launched: `pointers` gives the dtype of those that are not float32."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + pointers.get(name, "fp32")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in ("softmax_scale", "drop_scale", "eps"):
+            signature[name] = "fp32"
+        else:
+            signature[name] = parameter.annotation_type or "i32"
+            if name.endswith("_stride") or name == "n":
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages, **triton_support.OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(kernel, record_property, tmp_path):
+    """Shared memory, registers and stack in bytes; the last two are None where cuobjdump does not come with Triton."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    registers = stack = None
+    if tool.exists():
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [str(tool), "--dump-resource-usage", str(cubin)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    for name, value in (("registers", registers), ("stack", stack), ("shared", kernel.metadata.shared)):
+        record_property(name, value)
+    return kernel.metadata.shared, registers, stack
+
+
+def attention(kind, capability, dtype, head_dim, dropout):
+    """One attention kernel with the tile that its table gives."""
+    from fastgpt.kernels.triton import attention as forward
+    from fastgpt.kernels.triton import attention_backward as backward
+    from fastgpt.kernels.triton import attention_tables as tables
+
+    kernel, table = {
+        FORWARD: (forward.causal_attention_forward_kernel, tables.FORWARD),
+        DQ: (backward.causal_attention_backward_dq_kernel, tables.BACKWARD_DQ),
+        DKDV: (backward.causal_attention_backward_dkdv_kernel, tables.BACKWARD_DKDV),
+    }[kind]
+    block_d = triton_support.next_power_of_2(head_dim)
+    tile = tables.choose(table, f"sm_{capability}", BITS[dtype], block_d, dropout)
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "DROPOUT": dropout, "PRECISION": "ieee", "UNIT": 8,
+    }  # fmt: skip
+    pointers = {f"{name}_ptr": dtype for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")}
+    return compiled(kernel, capability, pointers, constants, tile.num_warps, tile.num_stages)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "dropout"), CASES)
+@pytest.mark.parametrize("kind", [FORWARD, DQ, DKDV])
+def test_attention_compiles_fits_and_takes_the_right_units(
+    kind, capability, dtype, head_dim, dropout, record_property, tmp_path
+):
+    kernel = attention(kind, capability, dtype, head_dim, dropout)
+    shared, _, stack = usage(kernel, record_property, tmp_path)
+    assert shared <= SHARED_LIMIT[capability]
+    if head_dim == 64 and BITS[dtype] == 16:
+        assert not stack, f"{stack} bytes of spills"
+    ptx = kernel.asm["ptx"]
+    assert "tf32" not in ptx
+    if dtype == "fp32":
+        assert "mma" not in ptx
+    else:
+        assert ("wgmma.mma_async" if capability == 90 and head_dim == 64 else "mma") in ptx
+        # Keys and values arrive by 16-byte copies that overlap the products.
+        assert head_dim > 128 or "cp.async.cg.shared.global" in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["gelu_forward", "gelu_backward"])
+def test_gelu_compiles_without_spills(name, capability, record_property, tmp_path):
+    from fastgpt.kernels.triton import gelu
+
+    pointers = dict.fromkeys(("out_ptr", "x_ptr", "dx_ptr", "dout_ptr"), "bf16")
+    kernel = compiled(getattr(gelu, f"{name}_kernel"), capability, pointers, {"BLOCK": 1024}, 4)
+    assert not usage(kernel, record_property, tmp_path)[2]
+    assert SIXTEEN_BYTES.search(kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("n", [768, 1600])
+@pytest.mark.parametrize("name", ["forward", "backward", "backward_sum"])
+def test_layer_norm_compiles_without_spills(name, n, capability, record_property, tmp_path):
+    from fastgpt.kernels.triton import layer_norm as kernels
+
+    rows, block, num_warps = layer_norm.tile(n, 1 if name == "forward" else 2)
+    constants = {"N": n, "ROWS": rows, "BLOCK": block}
+    if name == "backward_sum":
+        constants = {"N": n, "PARTS": layer_norm.SUM_PARTS, "BLOCK": layer_norm.SUM_BLOCK}
+    pointers = dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr", "bias_ptr", "dx_ptr", "dout_ptr"), "bf16")
+    kernel = compiled(getattr(kernels, f"layer_norm_{name}_kernel"), capability, pointers, constants, num_warps)
+    shared, _, stack = usage(kernel, record_property, tmp_path)
+    assert shared <= SHARED_LIMIT[capability] and not stack
+    assert SIXTEEN_BYTES.search(kernel.asm["ptx"])

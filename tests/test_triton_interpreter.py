@@ -1,0 +1,60 @@
+"""Every Triton kernel on a machine without a GPU: the tests of the ops, run in Triton's interpreter.
+
+The interpreter replaces `triton.jit` when a kernel is decorated, so it has a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.ops import triton_support
+from fastgpt.ops.attention import OP as ATTENTION
+from fastgpt.ops.attention import Case
+from fastgpt.ops.gelu import OP as GELU
+from fastgpt.ops.layer_norm import OP as LAYER_NORM
+
+TESTS = Path(__file__).resolve().parent
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "files", [("test_layer_norm.py", "test_gelu.py"), ("test_triton_attention.py",)], ids=["rows", "attention"]
+)
+def test_the_kernels_pass_their_tests_in_the_interpreter(files):
+    # Without a GPU: a visible one would be used beside the interpreter, and slowly.
+    variables = {"TRITON_INTERPRET": "1", "FASTGPT_REQUIRE": "triton", "CUDA_VISIBLE_DEVICES": ""}
+    options = ["-p", "no:cacheprovider", "-k", "triton"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *(str(TESTS / file) for file in files)],
+        env=os.environ | variables | {"OMP_NUM_THREADS": "1"},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-500:]
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_tensors_on_the_cpu_are_refused_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in triton_support.why_not("cpu", torch.float32)
+
+
+def test_bfloat16_attention_is_refused_in_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "bfloat16" in ATTENTION.module("triton").why_not(Case("cpu", torch.bfloat16, 64, True, False, False))
+
+
+@pytest.mark.parametrize("op", [ATTENTION, LAYER_NORM, GELU], ids=lambda op: op.name)
+def test_triton_is_never_chosen_automatically_before_a_gpu_has_run_it(op):
+    assert op.module("triton").AUTOMATIC == triton_support.UNPROVEN
