@@ -53,9 +53,7 @@ def prepare_dataset() -> tuple[Loader, Loader]:
     pinned = torch.cuda.is_available()
     sampler: DistributedSampler[Any] = DistributedSampler(train)
     # The sampler shuffles, so the loader must not.
-    train_loader = DataLoader(
-        train, batch_size=2, shuffle=False, pin_memory=pinned, drop_last=True, sampler=sampler
-    )
+    train_loader = DataLoader(train, batch_size=2, shuffle=False, pin_memory=pinned, drop_last=True, sampler=sampler)
     return train_loader, DataLoader(test, batch_size=2, shuffle=False)
 
 
@@ -74,7 +72,9 @@ def main(rank: int, world_size: int, num_epochs: int, *, port: int = PORT) -> No
         model = DistributedDataParallel(network, device_ids=[rank] if torch.cuda.is_available() else None)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         for epoch in range(num_epochs):
-            _train_epoch(model, train_loader, optimizer, device, f"[GPU{rank}] Epoch: {epoch + 1:03d}/{num_epochs:03d}", epoch)
+            _train_epoch(
+                model, train_loader, optimizer, device, f"[GPU{rank}] Epoch: {epoch + 1:03d}/{num_epochs:03d}", epoch
+            )
         for name, loader in (("Training", train_loader), ("Test", test_loader)):
             try:
                 print(f"[GPU{rank}] {name} accuracy", compute_accuracy(model, loader, device=device))

@@ -90,6 +90,8 @@ class LineReporter(Reporter):
 
     def evaluation(self, row: Evaluation) -> None:
         self._write(evaluation_line(row, self._total))
+        # The next speed is that of training alone.
+        self._shown_step, self._shown_at = row.step, time.perf_counter()
 
     def sample(self, text: str) -> None:
         self._write(f"  {text!r}")

@@ -137,7 +137,8 @@ def check_same(path: str | os.PathLike[str], got: Mapping[str, str], wanted: Map
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write tensors and `info` (JSON) to a file that appears whole or not at all."""
+    """Write tensors and `info` (JSON) to a file that appears whole or not at all; OSError when it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -145,7 +146,10 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], i
     crcs = {name: _checksum(tensor) for name, tensor in host.items()}
     text = json.dumps({"version": VERSION, "info": dict(info), "crc32": crcs}, sort_keys=True)
     metadata = {"format": "pt", "fastgpt": text, "fastgpt_crc32": f"{zlib.crc32(text.encode()):08x}"}
-    _replace(path, lambda unfinished: save_file(host, unfinished, metadata))
+    try:
+        _replace(path, lambda unfinished: save_file(host, unfinished, metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
