@@ -12,8 +12,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgpt.ops import triton_support
+from fastgpt.ops.attention import backend_triton as attention_backend
+from fastgpt.ops.gelu import backend_triton as gelu_backend
 from fastgpt.ops.layer_norm import backend_triton as layer_norm
 
 if importlib.util.find_spec("triton") is None:
@@ -151,3 +154,46 @@ def test_layer_norm_compiles_without_spills(name, n, capability, record_property
     shared, _, stack = usage(kernel, record_property, tmp_path)
     assert shared <= SHARED_LIMIT[capability] and not stack
     assert SIXTEEN_BYTES.search(kernel.asm["ptx"])
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Lets the backends compile what they would launch, for sm_90, with their own arguments; gives the kernels."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        # No real device, whose compiled kernels would be mixed with these.
+        get_current_device = staticmethod(lambda: -1)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        assert all(0 < size < 2**31 for size in grid)
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton_support, "chip", lambda x: "sm_90")
+    monkeypatch.setattr(driver, "_active", Driver())
+    return kernels
+
+
+def test_one_attention_kernel_serves_all_lengths_and_seeds(launches):
+    for length, n_heads, seed in ((16, 2, 1), (37, 3, 2**62 + 1)):
+        packed = torch.zeros(1, length, 3, n_heads, 16, dtype=torch.bfloat16)
+        q, k, v = (t.transpose(1, 2) for t in packed.unbind(2))
+        out, lse = attention_backend.forward(q, k, v, 0.25, 0.1, seed)
+        attention_backend.backward(out, q, k, v, out, lse, 0.25, 0.1, seed)
+    assert len(launches) == 6 and launches[:3] == launches[3:]
+
+
+@pytest.mark.parametrize("n", [1, 7, 768])
+def test_what_the_row_backends_launch_compiles(launches, n):
+    x, weight = torch.zeros(5, n), torch.zeros(n)
+    out, mean, rstd = layer_norm.forward(x, weight, weight, 1e-5)
+    layer_norm.backward(out, x, weight, mean, rstd)
+    gelu_backend.backward(gelu_backend.forward(x[0]), x[0])
+    assert len(launches) == 5 and all(kernel.asm["cubin"] for kernel in launches)

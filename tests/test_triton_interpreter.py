@@ -17,7 +17,7 @@ import torch
 
 from fastgpt.ops import triton_support
 from fastgpt.ops.attention import OP as ATTENTION
-from fastgpt.ops.attention import Case
+from fastgpt.ops.attention import Case, backend_triton
 from fastgpt.ops.gelu import OP as GELU
 from fastgpt.ops.layer_norm import OP as LAYER_NORM
 
@@ -58,3 +58,10 @@ def test_bfloat16_attention_is_refused_in_the_interpreter(monkeypatch):
 @pytest.mark.parametrize("op", [ATTENTION, LAYER_NORM, GELU], ids=lambda op: op.name)
 def test_triton_is_never_chosen_automatically_before_a_gpu_has_run_it(op):
     assert op.module("triton").AUTOMATIC == triton_support.UNPROVEN
+
+
+def test_an_axis_of_one_element_does_not_cost_the_16_byte_accesses():
+    view = torch.zeros(3, 1, 40, 16).as_strided((3, 1, 40, 16), (640, 7, 16, 1))
+    assert backend_triton._strides(view) == ([80, 0, 2], 8)
+    assert backend_triton._strides(view[..., 1:], view[:, :, ::3])[1] == 8
+    assert backend_triton._strides(torch.zeros(3, 2, 5, 17))[1] == 1

@@ -119,7 +119,12 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
 
 def _strides(*tensors: Tensor) -> tuple[list[int], int]:
     """The first three strides of each tensor in units of 8 elements where all allow it, and that unit."""
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    strides = [
+        # An axis of one element is never stepped along, and its stride may be anything.
+        0 if size == 1 else stride
+        for tensor in tensors
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    ]
     if any(stride % 8 for stride in strides):
         return strides, 1
     return [stride // 8 for stride in strides], 8
