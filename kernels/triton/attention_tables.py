@@ -32,6 +32,7 @@ FORWARD: dict[Key, Tile] = {
     ("sm_90", 16, 64, "dropout"): Tile(128, 64, 8, 3),
     ("sm_90", 16, 128): Tile(128, 64, 8, 3),
     ("sm_90", 16, 256): Tile(128, 64, 8, 2),
+    ("sm_90", 16, 256, "dropout"): Tile(64, 32, 8, 2),
     # Float32 runs on the scalar units, whose operands all lie in registers: small tiles, or they spill.
     ("any", 32, 16): Tile(64, 32, 4, 1),
     ("any", 32, 32): Tile(64, 32, 4, 1),
