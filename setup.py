@@ -154,8 +154,7 @@ class BuildExtensions(build_ext):
         file.rule("link", f"{quoted(cxx)} -shared $in -o $out {quoted(openmp + dynamic)}", depfile=False)
         flags = quoted([*CXX_FLAGS, *openmp, *self.includes()])
         objects = [
-            file.build(f"{Path(source).stem}.o", "cxx", [str(ROOT / source)], flags=flags)
-            for source in CPU_BINDINGS
+            file.build(f"{Path(source).stem}.o", "cxx", [str(ROOT / source)], flags=flags) for source in CPU_BINDINGS
         ]
         kernels = str(ROOT / "csrc" / "cpu_kernels.cpp")
         for isa, isa_flags in ISA_FLAGS.items():
@@ -202,9 +201,7 @@ class BuildExtensions(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         # What was not built has nothing to copy.
-        self.extensions = [
-            extension for extension in self.extensions if self.target_in_build(extension).exists()
-        ]
+        self.extensions = [extension for extension in self.extensions if self.target_in_build(extension).exists()]
         super().copy_extensions_to_source()
 
     def target_in_build(self, extension: Extension) -> Path:

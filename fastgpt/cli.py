@@ -1,4 +1,4 @@
-"""The command line: `fastgpt demo | train | generate | info`. One module per command stands in `fastgpt.commands`."""
+"""The command line. One module per command stands in `fastgpt.commands`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from fastgpt._version import __version__
 COMMANDS = {
     "demo": "train a small GPT, draw its loss, generate, and compare the speed with plain PyTorch",
     "train": "train a GPT on a text of yours",
+    "finetune": "teach a model to classify messages, or to follow instructions",
     "generate": "continue a prompt with a trained model",
+    "classify": "name the class of messages with a fine-tuned model",
+    "chat": "ask an instruction-tuned model in the terminal",
+    "export": "write a model for transformers, or as one file with the book's names",
+    "check": "compare what runs here with plain PyTorch: ops, model, generation, training",
     "info": "what runs on which kernel on this machine, or why not",
 }
 

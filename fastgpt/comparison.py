@@ -37,7 +37,7 @@ def twins(cfg: Mapping[str, Any], seed: int = 123) -> tuple[GPTModel, reference.
 
 def generation_providers(
     ours: GPTModel, plain: reference.GPTModel, prompt: Tensor, n_tokens: Mapping[str, int]
-) -> dict[str, Callable[[], Tensor]]:
+) -> dict[str, Callable[[], Any]]:
     """Greedy generation, one function a provider.
 
     Args:
@@ -48,7 +48,7 @@ def generation_providers(
     context = ours.pos_emb.num_embeddings
     generator = Generator(ours)
 
-    def by_torch() -> Tensor:
+    def by_torch() -> Any:
         with use_backend("torch"):
             return generator.generate(prompt, n_tokens["torch"])
 
@@ -56,7 +56,7 @@ def generation_providers(
         plain.eval()
         return reference.generate_text_simple(plain, prompt, n_tokens["book"], context)
 
-    providers = {
+    providers: dict[str, Callable[[], Any]] = {
         "book": by_book,
         "torch": by_torch,
         "fastgpt": lambda: generator.generate(prompt, n_tokens["fastgpt"]),
@@ -65,7 +65,7 @@ def generation_providers(
 
 
 def training_providers(
-    ours: GPTModel, plain: reference.GPTModel, batch: tuple[Tensor, Tensor], names: tuple[str, ...]
+    ours: GPTModel, plain: reference.GPTModel, batch: tuple[Tensor, Tensor], names: tuple[str, ...], lr: float = 0.0
 ) -> dict[str, Callable[[], float]]:
     """One training step (loss, gradients, AdamW), one function a provider; each returns the loss before its update.
 
@@ -73,11 +73,11 @@ def training_providers(
         ours, plain: from `twins`.
         batch: inputs and targets, (batch, length) int64 each.
         names: which of "book", "torch" and "fastgpt".
+        lr: 0 does the work of an update, and every provider keeps seeing the same weights.
     """
 
     def stepper(model: nn.Module, backend: str, **options: Any) -> Callable[[], float]:
-        # A learning rate of 0: the work of an update, and every provider keeps seeing the same weights.
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, **options)
 
         def step() -> float:
             model.train()

@@ -175,3 +175,70 @@ def test_the_quick_demo_trains_generates_and_compares(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "other")]) == 2
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    """A classifier after one epoch on the embedded messages."""
+    folder = tmp_path_factory.mktemp("runs") / "spam"
+    args = ["finetune", "classify", "--out", str(folder), "--epochs", "1", "--tokenizer", "byte", "--max-length", "32"]
+    assert cli.main(args) == 0
+    return folder
+
+
+def test_a_classifier_is_trained_and_names_the_class_of_each_message(classifier, capsys):
+    assert cli.main(["classify", "--model", str(classifier), "You have won a prize", "See you at eight?"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [row[2] for row in rows] == ["You have won a prize", "See you at eight?"]
+    assert all(row[0] in ("spam", "ham", "not spam") and 0.5 <= float(row[1]) <= 1 for row in rows)
+
+
+def test_a_finished_fine_tuning_run_can_be_resumed_and_gives_its_accuracy(classifier, capsys):
+    assert cli.main(["finetune", "--resume", str(classifier)]) == 0
+    assert "Accuracy: training" in capsys.readouterr().out
+
+
+def test_an_assistant_is_trained_and_answers_in_a_chat(tmp_path):
+    folder = tmp_path / "assistant"
+    args = ["--epochs", "1", "--tokenizer", "story", "--batch-size", "16"]
+    done = fastgpt("finetune", "instruct", "--out", folder, *args)
+    assert done.returncode == 0, done.stderr
+    assert "Test loss" in done.stdout and (folder / "answers.json").is_file()
+    questions = "Name a color.\n/temperature 0.5\n/input The sea.\nWhat is it?\n/help\n/temperature -1\n"
+    chat = fastgpt("chat", "--model", folder, "--tokens", "4", stdin=questions)
+    assert chat.returncode == 0, chat.stderr
+    assert "/quit" in chat.stdout and "A temperature is a number of at least 0" in chat.stdout
+
+
+def test_finetune_without_a_task_says_which_there_are(capsys):
+    assert cli.main(["finetune"]) == 2
+    assert "fastgpt finetune classify, or fastgpt finetune instruct" in capsys.readouterr().err
+
+
+def test_an_exported_model_generates_the_same_text(trained, tmp_path, capsys):
+    one = tmp_path / "one.safetensors"
+    assert cli.main(["export", "--model", str(trained), "--to", "book", "--out", str(one)]) == 0
+    capsys.readouterr()
+    texts = []
+    for path in (trained, one):
+        assert cli.main(["generate", "--model", str(path), "--prompt", "The", "--tokens", "9", "--seed", "3"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert cli.main(["export", "--model", str(trained), "--out", str(tmp_path / "hf")]) == 0
+    assert {"model.safetensors", "config.json"} <= {path.name for path in (tmp_path / "hf").iterdir()}
+    assert cli.main(["export", "--model", str(trained), "--out", str(tmp_path / "hf")]) == 2
+
+
+def test_the_check_is_green_on_this_machine(capsys):
+    assert cli.main(["check", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "FAIL" not in out and "losses of 10 training steps" in out
+
+
+def test_the_check_is_red_when_an_op_is_wrong(monkeypatch, capsys):
+    from fastgpt.ops.gelu import backend_torch
+
+    right = backend_torch.apply
+    monkeypatch.setattr(backend_torch, "apply", lambda x: right(x) * 1.001)
+    assert cli.main(["check", "--device", "cpu"]) == 1
+    assert re.search(r"^FAIL +gelu float32 on torch", capsys.readouterr().out, re.M)

@@ -23,7 +23,8 @@ LAYERS = (
     ("generation", "about"),
     ("comparison", "training"),
     ("finetuning",),
-    ("demo", "commands"),
+    ("check",),
+    ("commands",),
     ("cli", "__main__"),
 )
 # They only re-export (book), or teach beside the model.

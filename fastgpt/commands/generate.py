@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """\
 examples:
@@ -17,7 +19,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to continue, and how to choose tokens."""
-    parser.add_argument("--model", required=True, metavar="PATH", help="folder of fastgpt train, or .safetensors file")
+    parser.add_argument("--model", required=True, metavar="PATH", help="a run, a file, a Hugging Face or OpenAI folder")
     parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
     parser.add_argument("--tokens", type=int, default=100, help="new tokens (default 100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
@@ -28,14 +30,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", action="store_true", help="tokens and tokens/s to standard error")
 
 
-def find_weights(path: Path) -> Path:
-    """The weights that a path means: the file, or the best (else the last) of a run's folder."""
-    if not path.is_dir():
-        return path
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"{path} has neither best.safetensors nor last.safetensors; is it of fastgpt train?")
+def open_model(path: Path) -> tuple[Any, Any]:
+    """A model and its tokenizer, whatever kind of file or folder the path is."""
+    from fastgpt.finetuning.base_model import load_base
+    from fastgpt.tokenizer import get_tokenizer
+
+    model, name = load_base(path, "auto")
+    return model, get_tokenizer(name)
+
+
+def write_pieces(tokenizer: Any, tokens: Iterable[int]) -> int:
+    """Write tokens to standard output as they come; gives their number.
+
+    A character can be cut between two tokens; it is shown when it is whole. Only the tokens since the last whole
+    character are decoded again, so that a long text does not get slower.
+    """
+    pending: list[int] = []
+    count = 0
+    for token in tokens:
+        count += 1
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd") or len(pending) > 8:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            pending.clear()
+    sys.stdout.write(tokenizer.decode(pending) if pending else "")
+    return count
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,35 +64,25 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fastgpt.generation import Generator
-    from fastgpt.tokenizer import encode_text, get_tokenizer
-    from fastgpt.weights import load_model
+    from fastgpt.tokenizer import encode_text
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model, info = load_model(find_weights(Path(args.model)))
-    tokenizer = get_tokenizer(info["tokenizer"])
-    ids = list(encode_text(tokenizer, prompt))
-    if not ids:
+    if not prompt:
         raise ValueError("the prompt is empty; give at least one character.")
-    generator = Generator(model.to(torch.device(args.device)))
-    sys.stdout.write(prompt)
-    start, shown, count = time.perf_counter(), tokenizer.decode(ids), 0
-    for step in generator.stream(
-        torch.tensor([ids]),
+    model, tokenizer = open_model(Path(args.model))
+    ids = torch.tensor([list(encode_text(tokenizer, prompt))])
+    start = time.perf_counter()
+    tokens = Generator(model.to(torch.device(args.device))).stream(
+        ids,
         args.tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
         eos_id=tokenizer.eot_token,
-    ):
-        ids.append(int(step))
-        count += 1
-        text = tokenizer.decode(ids)
-        # A character can be cut between two tokens; it is shown when it is whole.
-        if not text.endswith("\ufffd"):
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
+    )
+    sys.stdout.write(prompt)
+    count = write_pieces(tokenizer, (int(token) for token in tokens))
     sys.stdout.write("\n")
     if args.stats:
         seconds = time.perf_counter() - start

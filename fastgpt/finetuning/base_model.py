@@ -85,7 +85,7 @@ def begin_with(settings: FinetuneSettings) -> tuple[GPTModel, dict[str, Any], Or
         config = check_config({"vocab_size": tokenizer.n_vocab, **(settings.model or SMALL)})
         model: nn.Module = GPTModel(config)
     else:
-        model, name = _load(Path(settings.base), settings.tokenizer)
+        model, name = load_base(settings.base, settings.tokenizer)
         tokenizer = OrdinaryTokenizer(get_tokenizer(name))
         config = model_config(model)
     assert isinstance(model, GPTModel)
@@ -97,8 +97,17 @@ def begin_with(settings: FinetuneSettings) -> tuple[GPTModel, dict[str, Any], Or
     return model, config, tokenizer
 
 
-def _load(path: Path, tokenizer: str) -> tuple[nn.Module, str]:
-    """A model, and the name of its tokenizer: its own where the file knows it."""
+def load_base(path: str | os.PathLike[str], tokenizer: str = "auto") -> tuple[nn.Module, str]:
+    """A model, and the name of its tokenizer.
+
+    Args:
+        path: the folder of a run, or what `fastgpt.weights.load_gpt` opens.
+        tokenizer: the name that is taken where neither the file nor the size of the vocabulary tells.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read.
+    """
+    path = Path(path)
     if path.is_dir() and any((path / name).is_file() for name in _RUN_FILES):
         path = find_weights(path)
     model: Any = load_gpt(path)

@@ -101,9 +101,7 @@ class Op:
             reason = self.why_not(name, case)
             if reason is None:
                 return self.module(name)
-            raise BackendError(
-                f"{self.name}: backend {name!r} cannot run this input: {reason}.\n{self.report(case)}"
-            )
+            raise BackendError(f"{self.name}: backend {name!r} cannot run this input: {reason}.\n{self.report(case)}")
         refused: list[str] = []
         for backend in self.backends:
             reason = self.why_not(backend, case) or getattr(self.module(backend), "AUTOMATIC", None)

@@ -31,9 +31,7 @@ OP = dispatch.Op(__name__, BACKENDS)
 EXAMPLE_CASES = tuple(Case("cpu", dtype, dtype, 768) for dtype in (torch.float32, torch.bfloat16))
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, backend: str | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
     """Normalise the last axis of `x`, then scale and shift it.
 
     Args:
@@ -85,16 +83,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         )
     if not x.device == weight.device == bias.device:
         raise ValueError(
-            f"layer_norm: x is on {x.device}, weight on {weight.device}, bias on {bias.device}; "
-            f"move all to one device."
+            f"layer_norm: x is on {x.device}, weight on {weight.device}, bias on {bias.device}; move all to one device."
         )
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, chosen: ModuleType
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, chosen: ModuleType) -> Tensor:
         out, mean, rstd = chosen.forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.chosen = chosen
@@ -110,9 +105,7 @@ class _LayerNorm(torch.autograd.Function):
 # The registered op: what torch.compile sees.
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     chosen = OP.choose(_case(x, weight), backend)
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
         unused = x.new_zeros(x.shape[:-1], dtype=torch.float32)
@@ -159,8 +152,7 @@ def _autograd(ctx: Any, dout: Tensor, *unused: Tensor) -> tuple[Tensor | None, .
 
 
 registration.register(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, str? backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, str? backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup_context,
