@@ -201,9 +201,7 @@ def _backward(
     return dq, dk, dv
 
 
-def _backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *unused: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like_out(q), _like_out(k), _like_out(v)
 
 

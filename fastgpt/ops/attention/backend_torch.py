@@ -32,8 +32,6 @@ def apply(
     mask = None
     if q_len != k_len:
         mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, dropout_p, is_causal=mask is None, scale=softmax_scale
-    )
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None, scale=softmax_scale)
     # Already in this layout from most of SDPA's kernels; then this is a view.
     return out.transpose(1, 2).contiguous().transpose(1, 2)

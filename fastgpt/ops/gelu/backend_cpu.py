@@ -23,9 +23,7 @@ def forward(x: Tensor) -> Tensor:
     """Returns gelu(x), contiguous."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    load("cpu").gelu_forward(
-        out.data_ptr(), x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], num_threads()
-    )
+    load("cpu").gelu_forward(out.data_ptr(), x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], num_threads())
     return out
 
 

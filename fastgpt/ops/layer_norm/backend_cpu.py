@@ -36,9 +36,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
     return out, mean, rstd
 
 
-def backward(
-    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx (like x, contiguous), dweight and dbias (n,) in the dtype of weight."""
     rows, drows = as_rows(x), as_rows(dout)
     weight = weight.contiguous()

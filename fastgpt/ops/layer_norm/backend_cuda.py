@@ -43,9 +43,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
         return out, mean, rstd
 
 
-def backward(
-    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx (like x, contiguous), dweight and dbias (n,) in the dtype of weight."""
     with torch.cuda.device(x.device):
         rows, drows = as_rows(x), as_rows(dout)
