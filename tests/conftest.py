@@ -22,6 +22,15 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models of a few thousand parameters gain nothing from a second thread, and lose much when the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class OpBackend:
     """The backend that a test runs on, and the device where its tensors live."""
 

@@ -20,6 +20,8 @@ from fastgpt.training.checkpoint import read_info
 from fastgpt.weights import CheckpointError, load_model, load_weights, save_weights
 from fastgpt.weights.files import read_tensors, write_tensors, write_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CFG = {
     "vocab_size": 31,
     "context_length": 6,

@@ -33,6 +33,8 @@ from fastgpt.training.interrupt import StopRequest
 from fastgpt.training.progress import duration
 from fastgpt.weights import CheckpointError, load_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CFG = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.0, "qkv_bias": False}
 
 
@@ -224,7 +226,11 @@ def test_ctrl_c_from_outside_saves_and_the_resumed_run_equals_an_uninterrupted_o
     long = settings(steps=3000, eval_every=1000, eval_batches=1).to_dict()
     argument = json.dumps(long | {"out_dir": str(tmp_path / "run"), "eval_every": 5})
     child = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, argument], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT, argument],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     seen = child.stderr.readline()
     child.send_signal(signal.SIGINT)
