@@ -92,7 +92,7 @@ int main(int argc, char** argv) {
 #pragma omp parallel num_threads(threads)
     sink = sink + multiply_add(steps);
   });
-  printf("{\"threads\": %d, \"read_gbs\": %.1f, \"copy_gbs\": %.1f, \"fma_gflops\": %.1f}\n", threads, n * 4 / read / 1e9,
-         n * 4 / copy / 1e9, steps * 10.0 * 2 * kLanes * threads / fma / 1e9);
+  printf("{\"threads\": %d, \"read_gbs\": %.1f, \"copy_gbs\": %.1f, \"fma_gflops\": %.1f}\n", threads,
+         n * 4 / read / 1e9, n * 4 / copy / 1e9, steps * 10.0 * 2 * kLanes * threads / fma / 1e9);
   free(data);
 }

@@ -22,9 +22,9 @@ inline void require(bool condition, const std::string& message) {
 
 inline int64_t multiply(int64_t a, int64_t b, const char* what) {
   int64_t product = 0;
-  require(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product),
-          std::string(what) + ": sizes " + std::to_string(a) + " x " + std::to_string(b) +
-              " are negative or too large");
+  require(
+      a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product),
+      std::string(what) + ": sizes " + std::to_string(a) + " x " + std::to_string(b) + " are negative or too large");
   return product;
 }
 

@@ -5,11 +5,19 @@
 
 namespace fastgpt {
 
-namespace baseline { extern const KernelTable kTable; }
+namespace baseline {
+extern const KernelTable kTable;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const KernelTable kTable; }
-namespace avx512 { extern const KernelTable kTable; }
-namespace avx512_bf16 { extern const KernelTable kTable; }
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+namespace avx512_bf16 {
+extern const KernelTable kTable;
+}
 #endif
 
 namespace {
@@ -26,8 +34,7 @@ std::vector<Isa> all() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_bf16 =
-      has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   return {{&avx512_bf16::kTable, has_bf16},
           {&avx512::kTable, has_avx512},
           {&avx2::kTable, has_avx2},

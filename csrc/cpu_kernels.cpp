@@ -14,8 +14,16 @@ namespace FASTGPT_ISA {
 // Constant data, no constructor: nothing of this file runs before the processor is known to have the instructions.
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    FASTGPT_TEXT(FASTGPT_ISA), layer_norm_forward, layer_norm_backward, gelu_forward, gelu_backward,
-    decode_attention, attention_forward_floats, attention_forward, attention_backward_floats, attention_backward,
+    FASTGPT_TEXT(FASTGPT_ISA),
+    layer_norm_forward,
+    layer_norm_backward,
+    gelu_forward,
+    gelu_backward,
+    decode_attention,
+    attention_forward_floats,
+    attention_forward,
+    attention_backward_floats,
+    attention_backward,
 };
 
 }  // namespace FASTGPT_ISA

@@ -37,26 +37,24 @@ void gelu_backward(Address dx, Address dout, Address x, int64_t n, int dtype_cod
   const cuda::DType dtype = to_cuda_dtype(dtype_code, what);
   check_sizes({n}, what);
   const int64_t size = size_of(dtype);
-  check_launch(cuda::gelu_backward(pointer(dx, n, size, what), pointer(dout, n, size, what),
-                                   pointer(x, n, size, what), n, dtype, to_stream(stream)),
+  check_launch(cuda::gelu_backward(pointer(dx, n, size, what), pointer(dout, n, size, what), pointer(x, n, size, what),
+                                   n, dtype, to_stream(stream)),
                what);
 }
 
-void layer_norm_forward(Address out, Address mean, Address rstd, Address x, Address weight, Address bias,
-                        int64_t rows, int64_t n, int64_t x_stride, float eps, int dtype_code, int weight_dtype_code,
-                        Address stream) {
+void layer_norm_forward(Address out, Address mean, Address rstd, Address x, Address weight, Address bias, int64_t rows,
+                        int64_t n, int64_t x_stride, float eps, int dtype_code, int weight_dtype_code, Address stream) {
   const char* what = "layer_norm_forward";
   const cuda::DType dtype = to_cuda_dtype(dtype_code, what), weight_dtype = to_cuda_dtype(weight_dtype_code, what);
   check_sizes({rows, n}, what);
   check_sizes({rows, x_stride}, what);
   if (n == 0) return;
   const int64_t size = size_of(dtype), weight_size = size_of(weight_dtype);
-  check_launch(
-      cuda::layer_norm_forward(pointer(out, rows * n, size, what), float_pointer(mean, rows, what),
-                               float_pointer(rstd, rows, what), pointer(x, rows * n, size, what),
-                               pointer(weight, n, weight_size, what), pointer(bias, n, weight_size, what), rows, n,
-                               x_stride, eps, dtype, weight_dtype, to_stream(stream)),
-      what);
+  check_launch(cuda::layer_norm_forward(pointer(out, rows * n, size, what), float_pointer(mean, rows, what),
+                                        float_pointer(rstd, rows, what), pointer(x, rows * n, size, what),
+                                        pointer(weight, n, weight_size, what), pointer(bias, n, weight_size, what),
+                                        rows, n, x_stride, eps, dtype, weight_dtype, to_stream(stream)),
+               what);
 }
 
 void layer_norm_backward(Address dx, Address dweight, Address dbias, Address partial, Address dout, Address x,
@@ -71,14 +69,13 @@ void layer_norm_backward(Address dx, Address dweight, Address dbias, Address par
   check_sizes({parts, 2, n}, what);
   if (n == 0) return;
   const int64_t size = size_of(dtype), weight_size = size_of(weight_dtype);
-  check_launch(
-      cuda::layer_norm_backward(pointer(dx, rows * n, size, what), pointer(dweight, n, weight_size, what),
-                                pointer(dbias, n, weight_size, what), float_pointer(partial, parts * n, what),
-                                pointer(dout, rows * n, size, what), pointer(x, rows * n, size, what),
-                                pointer(weight, n, weight_size, what), float_pointer(mean, rows, what),
-                                float_pointer(rstd, rows, what), rows, n, dout_stride, x_stride, parts, dtype,
-                                weight_dtype, to_stream(stream)),
-      what);
+  check_launch(cuda::layer_norm_backward(pointer(dx, rows * n, size, what), pointer(dweight, n, weight_size, what),
+                                         pointer(dbias, n, weight_size, what), float_pointer(partial, parts * n, what),
+                                         pointer(dout, rows * n, size, what), pointer(x, rows * n, size, what),
+                                         pointer(weight, n, weight_size, what), float_pointer(mean, rows, what),
+                                         float_pointer(rstd, rows, what), rows, n, dout_stride, x_stride, parts, dtype,
+                                         weight_dtype, to_stream(stream)),
+               what);
 }
 
 }  // namespace

@@ -11,8 +11,8 @@ void gelu_forward(Address out, Address x, int64_t n, int dtype_code, int num_thr
   const DType dtype = to_dtype(dtype_code, what);
   check_sizes({n}, what);
   const int64_t size = dtype_size(dtype);
-  const GeluForwardArgs args = {
-      pointer(out, n, size, what), pointer(x, n, size, what), n, dtype, check_threads(num_threads)};
+  const GeluForwardArgs args = {pointer(out, n, size, what), pointer(x, n, size, what), n, dtype,
+                                check_threads(num_threads)};
   pybind11::gil_scoped_release release;
   kernels().gelu_forward(args);
 }
@@ -22,8 +22,9 @@ void gelu_backward(Address dx, Address dout, Address x, int64_t n, int dtype_cod
   const DType dtype = to_dtype(dtype_code, what);
   check_sizes({n}, what);
   const int64_t size = dtype_size(dtype);
-  const GeluBackwardArgs args = {pointer(dx, n, size, what), pointer(dout, n, size, what),
-                                 pointer(x, n, size, what), n, dtype, check_threads(num_threads)};
+  const GeluBackwardArgs args = {
+      pointer(dx, n, size, what), pointer(dout, n, size, what), pointer(x, n, size, what), n, dtype,
+      check_threads(num_threads)};
   pybind11::gil_scoped_release release;
   kernels().gelu_backward(args);
 }

@@ -1,6 +1,5 @@
 // Launches of kernels/cuda/gelu.cuh by dtype.
 #include "../kernels/cuda/gelu.cuh"
-
 #include "cuda_launch.h"
 
 namespace fastgpt {

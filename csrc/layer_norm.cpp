@@ -8,9 +8,9 @@
 namespace fastgpt {
 namespace {
 
-void layer_norm_forward(Address out, Address mean, Address rstd, Address x, Address weight, Address bias,
-                        int64_t rows, int64_t n, int64_t x_stride, float eps, int dtype_code,
-                        int weight_dtype_code, int num_threads) {
+void layer_norm_forward(Address out, Address mean, Address rstd, Address x, Address weight, Address bias, int64_t rows,
+                        int64_t n, int64_t x_stride, float eps, int dtype_code, int weight_dtype_code,
+                        int num_threads) {
   const char* what = "layer_norm_forward";
   const DType dtype = to_dtype(dtype_code, what), weight_dtype = to_dtype(weight_dtype_code, what);
   require(dtype == DType::kBFloat16 || weight_dtype == DType::kFloat32, "layer_norm: bfloat16 weight for float32 x");
@@ -23,7 +23,12 @@ void layer_norm_forward(Address out, Address mean, Address rstd, Address x, Addr
                                      pointer(x, rows * n, size, what),
                                      pointer(weight, n, weight_size, what),
                                      pointer(bias, n, weight_size, what),
-                                     rows, n, x_stride, eps, dtype, weight_dtype,
+                                     rows,
+                                     n,
+                                     x_stride,
+                                     eps,
+                                     dtype,
+                                     weight_dtype,
                                      check_threads(num_threads)};
   if (n == 0) return;
   pybind11::gil_scoped_release release;
@@ -31,8 +36,8 @@ void layer_norm_forward(Address out, Address mean, Address rstd, Address x, Addr
 }
 
 void layer_norm_backward(Address dx, Address dweight, Address dbias, Address dout, Address x, Address weight,
-                         Address mean, Address rstd, int64_t rows, int64_t n, int64_t dout_stride,
-                         int64_t x_stride, int dtype_code, int weight_dtype_code, int num_threads) {
+                         Address mean, Address rstd, int64_t rows, int64_t n, int64_t dout_stride, int64_t x_stride,
+                         int dtype_code, int weight_dtype_code, int num_threads) {
   const char* what = "layer_norm_backward";
   const DType dtype = to_dtype(dtype_code, what), weight_dtype = to_dtype(weight_dtype_code, what);
   require(dtype == DType::kBFloat16 || weight_dtype == DType::kFloat32, "layer_norm: bfloat16 weight for float32 x");
@@ -52,7 +57,13 @@ void layer_norm_backward(Address dx, Address dweight, Address dbias, Address dou
                                       float_pointer(mean, rows, what),
                                       float_pointer(rstd, rows, what),
                                       partial.get(),
-                                      rows, n, dout_stride, x_stride, dtype, weight_dtype, num_threads};
+                                      rows,
+                                      n,
+                                      dout_stride,
+                                      x_stride,
+                                      dtype,
+                                      weight_dtype,
+                                      num_threads};
   pybind11::gil_scoped_release release;
   kernels().layer_norm_backward(args);
 }

@@ -1,6 +1,5 @@
 // Launches of kernels/cuda/layer_norm.cuh by dtype.
 #include "../kernels/cuda/layer_norm.cuh"
-
 #include "cuda_launch.h"
 
 namespace fastgpt {
@@ -14,8 +13,7 @@ int with_types(DType dtype, DType weight_dtype, Launch launch) {
   if (!wide && weight_dtype != dtype) return cudaErrorInvalidValue;
   switch (dtype) {
     case DType::kFloat32: return launch(float{}, float{});
-    case DType::kBFloat16:
-      return wide ? launch(__nv_bfloat16{}, float{}) : launch(__nv_bfloat16{}, __nv_bfloat16{});
+    case DType::kBFloat16: return wide ? launch(__nv_bfloat16{}, float{}) : launch(__nv_bfloat16{}, __nv_bfloat16{});
     case DType::kFloat16: return wide ? launch(__half{}, float{}) : launch(__half{}, __half{});
   }
   return cudaErrorInvalidValue;
@@ -37,8 +35,8 @@ int layer_norm_backward(void* dx, void* dweight, void* dbias, float* partial, co
                         int64_t dout_stride, int64_t x_stride, int parts, DType dtype, DType weight_dtype,
                         void* stream) {
   return with_types(dtype, weight_dtype, [&](auto t, auto w) -> int {
-    return layer_norm_backward<decltype(t), decltype(w)>(dx, dweight, dbias, partial, dout, x, weight, mean, rstd,
-                                                         rows, n, dout_stride, x_stride, parts,
+    return layer_norm_backward<decltype(t), decltype(w)>(dx, dweight, dbias, partial, dout, x, weight, mean, rstd, rows,
+                                                         n, dout_stride, x_stride, parts,
                                                          static_cast<cudaStream_t>(stream));
   });
 }

@@ -19,9 +19,7 @@ constexpr float kTwoSqrt2OverPi = 1.5957691216f;
 constexpr float kGeluCubic = 0.044715f;
 
 // e^(-2u)
-FASTGPT_INLINE VecF gelu_exponential(VecF x) {
-  return exp(-(x * kTwoSqrt2OverPi * (1.0f + kGeluCubic * x * x)));
-}
+FASTGPT_INLINE VecF gelu_exponential(VecF x) { return exp(-(x * kTwoSqrt2OverPi * (1.0f + kGeluCubic * x * x))); }
 
 FASTGPT_INLINE VecF gelu(VecF x) {
   const VecF s = 1.0f / (1.0f + gelu_exponential(x));
@@ -43,9 +41,8 @@ static void gelu_forward_kernel(const GeluForwardArgs& a) {
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
   parallel_ranges(a.n, threads_for(a.n, 8192, a.num_threads), [&](int64_t begin, int64_t end, int) {
-    for_lanes(end - begin, [&](int64_t i, int64_t c) {
-      store_lanes(out + begin + i, gelu(load_lanes(x + begin + i, c)), c);
-    });
+    for_lanes(end - begin,
+              [&](int64_t i, int64_t c) { store_lanes(out + begin + i, gelu(load_lanes(x + begin + i, c)), c); });
   });
 }
 

@@ -31,10 +31,12 @@ static void layer_norm_forward_kernel(const LayerNormForwardArgs& a) {
       const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
       T* out = static_cast<T*>(a.out) + row * n;
       const float mean = sum_lanes(n, [&](int64_t i, int64_t c) { return load_lanes(x + i, c); }) / n;
-      const float var = sum_lanes(n, [&](int64_t i, int64_t c) {
-                          const VecF centred = load_lanes(x + i, c) - mean;
-                          return centred * centred;
-                        }) / n;
+      const float var = sum_lanes(n,
+                                  [&](int64_t i, int64_t c) {
+                                    const VecF centred = load_lanes(x + i, c) - mean;
+                                    return centred * centred;
+                                  }) /
+                        n;
       const float rstd = 1.0f / std::sqrt(var + a.eps);
       a.mean[row] = mean;
       a.rstd[row] = rstd;

@@ -1,4 +1,5 @@
-// What the bindings and the kernels share: the arguments of each kernel, and the table of one instruction set's kernels.
+// What the bindings and the kernels share: the arguments of each kernel, and the table of one instruction set's
+// kernels.
 //
 // Offsets and strides count elements, not bytes. A pointer to void is float or Bf16, as the DType beside it says.
 #pragma once
@@ -12,9 +13,9 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 constexpr int64_t kMaxHeadDim = 256;
 
 struct LayerNormForwardArgs {
-  void* out;          // (rows, n), contiguous
-  float *mean, *rstd; // (rows)
-  const void* x;      // (rows, n), rows x_stride apart
+  void* out;                  // (rows, n), contiguous
+  float *mean, *rstd;         // (rows)
+  const void* x;              // (rows, n), rows x_stride apart
   const void *weight, *bias;  // (n)
   int64_t rows, n, x_stride;
   float eps;
@@ -23,12 +24,12 @@ struct LayerNormForwardArgs {
 };
 
 struct LayerNormBackwardArgs {
-  void* dx;                // (rows, n), contiguous
-  void *dweight, *dbias;   // (n)
-  const void *dout, *x;    // (rows, n), rows dout_stride and x_stride apart
-  const void* weight;      // (n)
+  void* dx;                  // (rows, n), contiguous
+  void *dweight, *dbias;     // (n)
+  const void *dout, *x;      // (rows, n), rows dout_stride and x_stride apart
+  const void* weight;        // (n)
   const float *mean, *rstd;  // (rows)
-  float* partial;          // (num_threads, 2, n): sums of each thread
+  float* partial;            // (num_threads, 2, n): sums of each thread
   int64_t rows, n, dout_stride, x_stride;
   DType dtype, weight_dtype;
   int num_threads;
@@ -87,12 +88,12 @@ struct AttentionBackwardArgs {
 };
 
 struct DecodeAttentionArgs {
-  void* out;                 // (batch, n_heads, head_dim), contiguous
-  const void* q;             // (batch, n_heads, head_dim)
-  const void *k, *v;         // (batch, n_heads, max_len, head_dim)
-  const int64_t* lengths;    // (batch), from 1 to max_len
-  float* partial;            // (num_threads, 2, head_dim + 2): m, l and acc of heads that threads share
-  int64_t* partial_head;     // (num_threads, 2): whose they are, row * n_heads + head
+  void* out;               // (batch, n_heads, head_dim), contiguous
+  const void* q;           // (batch, n_heads, head_dim)
+  const void *k, *v;       // (batch, n_heads, max_len, head_dim)
+  const int64_t* lengths;  // (batch), from 1 to max_len
+  float* partial;          // (num_threads, 2, head_dim + 2): m, l and acc of heads that threads share
+  int64_t* partial_head;   // (num_threads, 2): whose they are, row * n_heads + head
   int64_t batch, n_heads, head_dim;
   int64_t q_strides[2], k_strides[3], v_strides[3];  // the last axis is contiguous
   float softmax_scale;

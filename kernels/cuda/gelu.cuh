@@ -61,7 +61,8 @@ __global__ void gelu_backward_kernel(T* dx, const T* dout, const T* x, int64_t n
 // How many packs may be read at once: none when an address is not aligned.
 template <class T>
 int64_t packs_for(int64_t n, const void* a, const void* b, const void* c) {
-  const uintptr_t any = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c);
+  const uintptr_t any =
+      reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c);
   return any % 16 == 0 ? n / Pack<T>::kSize : 0;
 }
 

@@ -12,7 +12,7 @@
 namespace fastgpt {
 namespace cuda {
 
-constexpr int kRowsPerBlock = 4;   // warps
+constexpr int kRowsPerBlock = 4;  // warps
 constexpr int kColumnsPerBlock = 32;
 constexpr int kRowLanes = 8;
 
@@ -104,9 +104,8 @@ __global__ void layer_norm_add_parts_kernel(W* dweight, W* dbias, const float* p
 }
 
 template <class T, class W>
-cudaError_t layer_norm_forward(void* out, float* mean, float* rstd, const void* x, const void* weight,
-                               const void* bias, int64_t rows, int64_t n, int64_t x_stride, float eps,
-                               cudaStream_t stream) {
+cudaError_t layer_norm_forward(void* out, float* mean, float* rstd, const void* x, const void* weight, const void* bias,
+                               int64_t rows, int64_t n, int64_t x_stride, float eps, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   layer_norm_forward_kernel<T, W><<<blocks_for(rows, kRowsPerBlock, 65535), kRowsPerBlock * kWarp, 0, stream>>>(
       static_cast<T*>(out), mean, rstd, static_cast<const T*>(x), static_cast<const W*>(weight),

@@ -191,12 +191,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = OP.choose(_case(q, k, dropout_p, True), backend)
     number = 0 if seed is None else int(seed)
-    if getattr(chosen, "NATIVE_AUTOGRAD", False):
-        grads = registration.native_backward(
-            lambda *leaves: chosen.apply(*leaves, softmax_scale, dropout_p, seed=number), (q, k, v), dout
-        )
-    else:
-        grads = chosen.backward(dout, q, k, v, out, lse, softmax_scale, dropout_p, number)
+    if not getattr(chosen, "NATIVE_AUTOGRAD", False):
+        # The kernels write their gradients in the layout that the fake promises.
+        return chosen.backward(dout, q, k, v, out, lse, softmax_scale, dropout_p, number)
+    grads = registration.native_backward(
+        lambda *leaves: chosen.apply(*leaves, softmax_scale, dropout_p, seed=number), (q, k, v), dout
+    )
     dq, dk, dv = (like.copy_(grad) for like, grad in zip(map(_like_out, (q, k, v)), grads, strict=True))
     return dq, dk, dv
 
