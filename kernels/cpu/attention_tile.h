@@ -119,8 +119,7 @@ FASTGPT_INLINE void with_kernel_types(const Args& a, Kernel kernel) {
 
 template <class Args>
 FASTGPT_INLINE Dropout dropout_of(const Args& a, int64_t head) {
-  return {static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32), static_cast<uint32_t>(head),
-          a.dropout_threshold};
+  return Dropout(a.seed, head, a.dropout_threshold);
 }
 
 // What kept weights are multiplied by, for the probability that 16 bits can hold.

@@ -53,8 +53,20 @@ typedef uint16_t VecU16 __attribute__((vector_size(kLanes * 2)));
 FASTGPT_INLINE VecF splat(float x) { return x - VecF{}; }
 FASTGPT_INLINE VecU bits_of(VecF x) { return (VecU)x; }
 FASTGPT_INLINE VecF float_of(VecU x) { return (VecF)x; }
+// a < b ? b : a and b < a ? b : a, so that a NaN in a stays. GCC makes two instructions of the choice, not one.
+#if defined(FASTGPT_LANES) || !defined(__SSE2__)
 FASTGPT_INLINE VecF max(VecF a, VecF b) { return a < b ? b : a; }
 FASTGPT_INLINE VecF min(VecF a, VecF b) { return b < a ? b : a; }
+#elif defined(__AVX512F__)
+FASTGPT_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a); }
+FASTGPT_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm512_maskz_min_ps(0xffff, (__m512)b, (__m512)a); }
+#elif defined(__AVX2__)
+FASTGPT_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)b, (__m256)a); }
+FASTGPT_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)b, (__m256)a); }
+#else
+FASTGPT_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm_max_ps((__m128)b, (__m128)a); }
+FASTGPT_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm_min_ps((__m128)b, (__m128)a); }
+#endif
 FASTGPT_INLINE int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
 FASTGPT_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 

@@ -95,6 +95,8 @@ template <class T>
 static void pack_rows(float* packed, const T* x, int64_t stride, int64_t rows, int64_t rows_padded, int64_t n,
                       int64_t n_padded, float scale = 1.0f) {
   for (int64_t row = 0; row < rows; ++row) {
+    // Rows of one head often lie a page apart, where the processor does not look ahead by itself.
+    __builtin_prefetch(x + min(row + 8, rows - 1) * stride);
     float* to = packed + row * n_padded;
     for_lanes(n, [&](int64_t i, int64_t c) { store(to + i, load_lanes(x + row * stride + i, c) * scale); });
   }
