@@ -77,7 +77,9 @@ def main(rank: int, world_size: int, num_epochs: int, *, port: int = PORT) -> No
             )
         for name, loader in (("Training", train_loader), ("Test", test_loader)):
             try:
-                print(f"[GPU{rank}] {name} accuracy", compute_accuracy(model, loader, device=device))
+                accuracy = compute_accuracy(model, loader, device=device)
+                # One string: the processes write to one terminal, and pieces of lines would mix.
+                print(f"[GPU{rank}] {name} accuracy {accuracy}")
             except ZeroDivisionError:
                 print(f"[GPU{rank}] {name} accuracy unknown: with {world_size} processes this one got no full batch")
     finally:
