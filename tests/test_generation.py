@@ -313,6 +313,20 @@ def test_dropout_that_is_on_stays_on_in_the_books_functions():
     assert not torch.equal(want, GREEDY(copy.deepcopy(model).eval(), idx, 10))
 
 
+def test_the_books_functions_leave_the_mode_alone():
+    for model in (small_model().train(), small_model(drop_rate=0.2).train(), small_model(drop_rate=0.2)):
+        before = modes(model)
+        generate_text_simple(model, prompt(), 3, CONTEXT)
+        generate(model, prompt(), 3, CONTEXT, temperature=1.0)
+        assert modes(model) == before
+
+
+def test_fastgpt_offers_the_function_and_the_class():
+    assert fastgpt.generate is generate
+    assert fastgpt.generate_text_simple is generate_text_simple
+    assert fastgpt.Generator is Generator
+
+
 class Doubled(nn.Linear):
     """Stands for LoRA: a layer of the reader's own in the place of a Linear."""
 

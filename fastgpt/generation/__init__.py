@@ -2,7 +2,7 @@
 
 rows        prompts, checked; rows that grow
 network     a model of the book's structure, read as functions on the live weights
-linear      the fastest linear layer for one row
+layers      linear layers and norms: the fastest call for one row
 cache       keys and values, preallocated
 engine      prefill and decode_one_token; logits for the next token
 sampling    from logits to a token
