@@ -38,7 +38,7 @@
 //   maximum in one instruction, rows prefetched               66%    67%      76%    79%
 //   SDPA, dropout 0.1                                          7%    33%       5%    20%
 //   these tiles, dropout 0.1                                  56%    60%      65%    73%
-//   the same two steps, and the keys of Philox as vectors     59%    63%      67%    75%
+//   the same two steps, and the keys of Philox made once      59%    63%      67%    75%
 //
 // Without gain: k loops unrolled by 2 or 4 (4% slower, GCC orders the FMAs worse), registers as 6 x 2 (the same), 96
 // queries or 128 to 256 keys a block (1 to 5% slower), two Philox draws at once (2% slower), pieces of the workspace at
