@@ -12,10 +12,24 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgpt import cli
 
 TINY = ["--size", "tiny", "--batch-size", "2", "--context", "16", "--tokenizer", "byte", "--eval-every", "5"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_everywhere():
+    """Models this small gain nothing from a second thread, here and in the processes that the tests start."""
+    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(threads)
+    os.environ.pop("OMP_NUM_THREADS")
+    if variable is not None:
+        os.environ["OMP_NUM_THREADS"] = variable
 
 
 def fastgpt(*args: object, stdin: str | None = None, **options) -> subprocess.CompletedProcess:

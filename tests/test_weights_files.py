@@ -357,9 +357,10 @@ def wrong_contents() -> Iterator[tuple[str, Any]]:
     yield "a mask that is not causal", state | {"trf_blocks.0.att.mask": torch.zeros(4, 4)}
     yield "a mask of another size", state | {"trf_blocks.0.att.mask": torch.ones(5, 5).triu(1)}
     yield "another block", state | {"trf_blocks.1.norm1.scale": torch.zeros(8)}
-    yield "qkv of 25 rows", {n: t for n, t in state.items() if "W_" not in n} | {
-        "trf_blocks.0.att.qkv.weight": torch.zeros(25, 8)
-    }
+    yield (
+        "qkv of 25 rows",
+        {n: t for n, t in state.items() if "W_" not in n} | {"trf_blocks.0.att.qkv.weight": torch.zeros(25, 8)},
+    )
     yield "a classifier", state | {"out_head.weight": torch.zeros(2, 8), "out_head.bias": torch.zeros(2)}
     yield "no GPT", {"fc.weight": torch.zeros(3, 3)}
     yield "nothing", {}

@@ -60,9 +60,7 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def keep_mask(
-    batch: int, n_heads: int, q_len: int, k_len: int, dropout_p: float, seed: int, offset: int = 0
-) -> Tensor:
+def keep_mask(batch: int, n_heads: int, q_len: int, k_len: int, dropout_p: float, seed: int, offset: int = 0) -> Tensor:
     """The elements of the attention weights that dropout keeps: (batch, n_heads, q_len, k_len), bool, on the CPU."""
     column = torch.arange(k_len)
     shape = (batch * n_heads, q_len, k_len)

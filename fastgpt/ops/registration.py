@@ -37,9 +37,7 @@ def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def native_backward(
-    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor
-) -> tuple[Tensor, ...]:
+def native_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
     """Gradients of `function` by PyTorch's autograd, computed anew: backward of backends without one of their own."""
     with torch.enable_grad():
         leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)

@@ -77,9 +77,7 @@ FASTGPT_INLINE VecI lane_numbers() {
 }
 
 // x with 0 in every lane from n on.
-FASTGPT_INLINE VecF first_lanes(VecF x, int64_t n) {
-  return lane_numbers() < static_cast<int32_t>(n) ? x : VecF{};
-}
+FASTGPT_INLINE VecF first_lanes(VecF x, int64_t n) { return lane_numbers() < static_cast<int32_t>(n) ? x : VecF{}; }
 
 // ---- load and store: all lanes, or the first n (0 < n < kLanes; the others load as 0) ----
 
