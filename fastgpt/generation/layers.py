@@ -3,11 +3,10 @@
 A generated token multiplies every weight matrix once by one row, so its time is that of reading the weights. Measured
 on 2 cores of an AMD EPYC (AVX2 only, torch 2.13, 2 threads); × is F.linear's time over the call's:
 
-    float32, weights from memory        1 row    4 rows   128 rows
-    F.linear (MKL), 768 × 3072          515 µs   1,074    4,584
-    oneDNN                              × 1.6    × 1.8    × 1.05
-    F.linear (MKL), 768 × 50257         8.5 ms   22.2     96.5
-    oneDNN                              × 2.0    × 2.3    × 1.4
+    float32, weights from memory    768 × 3072: 1 row   4 rows    768 × 50257: 1 row   4 rows
+    F.linear (MKL)                              515 µs  1,074                  8.5 ms  22.2
+    oneDNN                                      × 1.6   × 1.8                  × 2.0   × 2.3
+    weight @ xᵀ (MKL)                           × 1.0   × 2.7                  × 1.0   × 3.6
 
 oneDNN's call costs about 25 µs more than F.linear's, so small matrices stay with F.linear. Without bfloat16
 instructions PyTorch multiplies bfloat16 row by row: fast for one row, from about 16 rows on slower than converting the
@@ -29,6 +28,8 @@ Function = Callable[[Tensor], Tensor]
 # Below 512 × 1024 the call costs more than oneDNN saves.
 _ONEDNN_FROM = 2**19
 _WIDEN_FROM_ROWS = 16
+# Up to here MKL is the fastest when the weights are its left factor.
+_FEW_ROWS = 4
 # Up to about here the cost of the call decides, beyond it that of the kernel.
 _SMALL_NORM = 2**14
 
@@ -79,7 +80,14 @@ def _has_onednn() -> bool:
 
 def _by_onednn(weight: Tensor, bias: Tensor | None) -> Function:
     call = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: call(x, weight, bias, "none", [], "")
+
+    def apply(x: Tensor) -> Tensor:
+        if x.ndim == 2 and 2 <= x.shape[0] <= _FEW_ROWS:
+            out = torch.mm(weight, x.t()).t().contiguous()
+            return out if bias is None else out.add_(bias)
+        return call(x, weight, bias, "none", [], "")
+
+    return apply
 
 
 def _by_widening(weight: Tensor, bias: Tensor | None) -> Function:
