@@ -44,10 +44,10 @@ void layer_norm_backward(Address dx, Address dweight, Address dbias, Address dou
   check_sizes({rows, n}, what);
   check_sizes({rows, x_stride}, what);
   check_sizes({rows, dout_stride}, what);
-  check_sizes({check_threads(num_threads), 2, n}, what);
+  check_sizes({check_threads(num_threads), 4, n}, what);
   const int64_t size = dtype_size(dtype), weight_size = dtype_size(weight_dtype);
   if (n == 0) return;
-  const std::unique_ptr<float[]> partial(new float[2 * n * num_threads]);
+  const std::unique_ptr<float[]> partial(new float[4 * n * num_threads]);
   const LayerNormBackwardArgs args = {pointer(dx, rows * n, size, what),
                                       pointer(dweight, n, weight_size, what),
                                       pointer(dbias, n, weight_size, what),

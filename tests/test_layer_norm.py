@@ -54,6 +54,12 @@ def test_many_rows_split_over_threads_are_within_the_bound(op_backend):
     check(inputs((4, 67), 768, torch.float32), backend)
 
 
+def test_weight_gradients_of_thousands_of_rows_keep_their_digits(op_backend):
+    # One running sum over all rows erred by seven times as much as plain PyTorch's pairwise sum.
+    backend = op_backend("layer_norm", Case("cpu", torch.float32, torch.float32, 96))
+    check(inputs((8192,), 96, torch.float32), backend)
+
+
 def test_float32_weights_serve_a_bfloat16_input(op_backend):
     backend = op_backend("layer_norm", Case("cpu", torch.bfloat16, torch.float32, 48))
     check(inputs((3, 5), 48, torch.bfloat16, torch.float32), backend)

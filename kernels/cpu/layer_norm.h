@@ -6,10 +6,10 @@
 //
 // Work: rows are split into one contiguous part a thread. A row (3 kB at n = 768) is read from memory once and stays in
 // L1 for the passes after the first: mean, then the variance about that mean (not E[x^2] - E[x]^2, which cancels), then
-// the output. Backward sums dweight and dbias per thread in `partial` and adds those in the order of the threads, so a
-// run with the same number of threads gives the same bits.
-// Bytes: forward one read and one write of the tensor, backward two reads and one write.
-// Paper: Ba, Kiros, Hinton, "Layer Normalization", 2016.
+// the output. Backward sums dweight and dbias per thread in `partial`, in blocks of 64 rows that are then added up (one
+// sum over thousands of rows would lose four times as many digits as PyTorch's), and adds the threads in their order,
+// so a run with the same number of threads gives the same bits. Bytes: forward one read and one write of the tensor,
+// backward two reads and one write. Paper: Ba, Kiros, Hinton, "Layer Normalization", 2016.
 #pragma once
 
 #include <cmath>
@@ -20,6 +20,8 @@
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
+
+constexpr int64_t kRowsPerSum = 64;
 
 template <class T, class W>
 static void layer_norm_forward_kernel(const LayerNormForwardArgs& a) {
@@ -76,20 +78,31 @@ static void layer_norm_backward_row(const LayerNormBackwardArgs& a, int64_t row,
   });
 }
 
+// sums += block, block = 0
+static void layer_norm_add_block(float* sums, float* block, int64_t n) {
+  for_lanes(n, [&](int64_t i, int64_t c) {
+    store_lanes(sums + i, load_lanes(sums + i, c) + load_lanes(block + i, c), c);
+    store_lanes(block + i, VecF{}, c);
+  });
+}
+
 template <class T, class W>
 static void layer_norm_backward_kernel(const LayerNormBackwardArgs& a) {
   const int64_t n = a.n;
   const int threads = threads_for(a.rows * n, 8192, a.num_threads);
-  memset(a.partial, 0, sizeof(float) * 2 * n * threads);
+  memset(a.partial, 0, sizeof(float) * 4 * n * threads);
   parallel_ranges(a.rows, threads, [&](int64_t begin, int64_t end, int thread) {
-    float* dweight = a.partial + 2 * n * thread;
-    for (int64_t row = begin; row < end; ++row) layer_norm_backward_row<T, W>(a, row, dweight, dweight + n);
+    float *sums = a.partial + 4 * n * thread, *block = sums + 2 * n;
+    for (int64_t row = begin; row < end; ++row) {
+      layer_norm_backward_row<T, W>(a, row, block, block + n);
+      if ((row - begin) % kRowsPerSum == kRowsPerSum - 1 || row + 1 == end) layer_norm_add_block(sums, block, 2 * n);
+    }
   });
   for_lanes(n, [&](int64_t i, int64_t c) {
     VecF dweight = {}, dbias = {};
     for (int thread = 0; thread < threads; ++thread) {
-      dweight += load_lanes(a.partial + 2 * n * thread + i, c);
-      dbias += load_lanes(a.partial + 2 * n * thread + n + i, c);
+      dweight += load_lanes(a.partial + 4 * n * thread + i, c);
+      dbias += load_lanes(a.partial + 4 * n * thread + n + i, c);
     }
     store_lanes(static_cast<W*>(a.dweight) + i, dweight, c);
     store_lanes(static_cast<W*>(a.dbias) + i, dbias, c);

@@ -29,7 +29,7 @@ struct LayerNormBackwardArgs {
   const void *dout, *x;      // (rows, n), rows dout_stride and x_stride apart
   const void* weight;        // (n)
   const float *mean, *rstd;  // (rows)
-  float* partial;            // (num_threads, 2, n): sums of each thread
+  float* partial;            // (num_threads, 4, n): sums of each thread, and of its newest rows
   int64_t rows, n, dout_stride, x_stride;
   DType dtype, weight_dtype;
   int num_threads;
