@@ -92,7 +92,11 @@ def attention_cases() -> Iterator[Case]:
             for backward in (False, True):
                 work = forward * (3.5 if backward else 1)
                 name = f"causal_attention ({batch}, {n_heads}, {length}, {head_dim}) {_short(dtype)}"
-                yield op_case(name, ops.causal_attention, inputs, work, "GFLOP/s", backward)
+                case = op_case(name, ops.causal_attention, inputs, work, "GFLOP/s", backward)
+                if length == 1024 and dtype is torch.bfloat16:
+                    # Nine seconds a call where the processor has no bfloat16 instructions: nothing to learn from.
+                    del case.providers["book"]
+                yield case
 
 
 def _short(dtype: torch.dtype) -> str:
