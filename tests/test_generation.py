@@ -62,6 +62,39 @@ def test_each_row_of_a_ragged_list_gets_what_it_gets_alone(group):
             assert torch.equal(row, want), f"case {seed}: {row.tolist()}, wanted {want.tolist()}"
 
 
+def test_rows_that_begin_alike_share_the_reading_and_get_what_they_get_alone():
+    model, frame = small_model(), prompt(1, 9)[0].tolist()
+    for tails in ([[1], [2, 3], [4, 5, 6]], [[1], [1]], [[], [7], [7, 8]], [[3, 1], [3, 2, 2], [3]]):
+        rows = [frame + tail for tail in tails]
+        got = Generator(model).generate(rows, 12)
+        for row, ids in zip(got, rows, strict=True):
+            assert torch.equal(row, GREEDY(model, torch.tensor([ids]), 12)[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_tokens_read"),
+    [
+        ([list(range(9)) + [20], list(range(9)) + [21, 22]], 9 + 2 * 2),
+        # The last token of every row is read with its row, so two equal rows share all but one.
+        ([list(range(9)), list(range(9))], 8 + 2),
+        # Too little in common, and nothing to share it with.
+        ([list(range(5)) + [20], list(range(5)) + [21]], 2 * 6),
+        ([list(range(12))], 12),
+    ],
+)
+def test_a_shared_prefix_is_read_once(monkeypatch, rows, n_tokens_read):
+    read = []
+    embedding = torch.nn.functional.embedding
+
+    def count(ids, weight):
+        read.append(ids.numel())
+        return embedding(ids, weight)
+
+    monkeypatch.setattr("fastgpt.generation.engine.F.embedding", count)
+    Generator(small_model()).generate(rows, 1)
+    assert sum(read) == n_tokens_read
+
+
 def test_a_smaller_context_size_crops_as_the_plain_loop_does():
     model = small_model()
     for context_size in (1, 2, 7, CONTEXT):

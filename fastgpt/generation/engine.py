@@ -30,6 +30,8 @@ from fastgpt.generation.rows import Rows
 
 # Room that a cache has at first for tokens to come, so that a short answer does not take memory for a long one.
 _FIRST_SPARE = 128
+# A shorter prefix costs more in calls than it saves in products.
+_MIN_SHARED = 8
 
 
 class Engine(Protocol):
@@ -67,20 +69,71 @@ def prefill(network: Network, ids: Tensor, last: Tensor, cache: Cache | None = N
     Returns:
         Logits, (batch, vocab_size). The head runs on one position of each row only.
     """
-    batch, n_tokens = ids.shape
-    heads = (batch, n_tokens, network.n_heads, network.head_dim)
+    shared = shared_prefix(ids, last)
+    past: list[tuple[Tensor, Tensor]] = []
+    if shared:
+        _read_rows(network, ids[:1, :shared], None, [], lambda layer, k, v: past.append((k, v)))
+    x = _read_rows(network, ids, last, past, None if cache is None else cache.write_prompt)
+    return network.head(network.final_norm(x))
+
+
+def shared_prefix(ids: Tensor, last: Tensor) -> int:
+    """How many first tokens, the same in all rows, are worth reading once for all: 0, or `_MIN_SHARED` and more.
+
+    Instructions begin with the same frame, for one. The last token of each row is never part of it.
+
+    Args:
+        ids: (batch, n_tokens) int64.
+        last: (batch,) int64: position of each row's last token.
+    """
+    if len(ids) == 1:
+        return 0
+    differs = (ids != ids[:1]).any(dim=0).nonzero()
+    count = int(differs[0]) if len(differs) else ids.shape[1]
+    count = min(count, int(last.min()))
+    return count if count >= _MIN_SHARED else 0
+
+
+def _read_rows(
+    network: Network,
+    ids: Tensor,
+    last: Tensor | None,
+    past: list[tuple[Tensor, Tensor]],
+    keep: Callable[[int, Tensor, Tensor], None] | None,
+) -> Tensor:
+    """Read rows behind what they share.
+
+    Args:
+        ids: (batch, n_tokens) int64.
+        last: (batch,) int64: the position that goes on to the head; None when only keys and values are wanted.
+        past: each layer's keys and values of the first tokens, (1, n_heads, n_shared, head_dim); empty for none.
+        keep: called as keep(layer, keys, values) with those of all tokens.
+
+    Returns:
+        (batch, emb_dim): the last block's output at `last`.
+    """
+    batch = ids.shape[0]
+    begin = past[0][0].shape[2] if past else 0
+    heads = (batch, ids.shape[1] - begin, network.n_heads, network.head_dim)
     rows = torch.arange(batch, device=ids.device)
-    x = F.embedding(ids, network.tok_emb) + network.pos_emb[:n_tokens]
+    x = F.embedding(ids[:, begin:], network.tok_emb) + network.pos_emb[begin : ids.shape[1]]
     for layer, block in enumerate(network.blocks):
         q, k, v = (part.view(heads).transpose(1, 2) for part in block.split(block.norm1(x)))  # (B, H, T, D)
-        if cache is not None:
-            cache.write_prompt(layer, k, v)
+        if past:
+            k, v = (
+                torch.cat([p.expand(batch, -1, -1, -1), new], dim=2) for p, new in zip(past[layer], (k, v), strict=True)
+            )
+        if keep is not None:
+            keep(layer, k, v)
+        final = layer + 1 == len(network.blocks)
+        if final and last is None:
+            break
         attended = ops.causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H · D)
-        if layer + 1 == len(network.blocks):
+        if final and last is not None:
             # Only one position of each row goes on to the head.
-            x, attended = x[rows, last], attended[rows, last]
+            x, attended = x[rows, last - begin], attended[rows, last - begin]
         x = _shortcuts(block, x, attended)
-    return network.head(network.final_norm(x))
+    return x
 
 
 def decode_one_token(network: Network, tokens: Tensor, lengths: Tensor, even: bool, cache: Cache) -> Tensor:
