@@ -13,7 +13,7 @@ import torch
 from fastgpt._version import __version__
 from fastgpt.ops import dispatch, extension
 
-ROOMS = ("attention", "decode_attention", "layer_norm", "gelu")
+ROOMS = ("attention", "decode_attention", "layer_norm", "gelu", "linear")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,11 @@ def _gelu(dtype: torch.dtype) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]
     return ops.gelu, (torch.randn(33, 257, dtype=dtype) * 3,)
 
 
-OPS = {"attention": _attention, "layer_norm": _layer_norm, "gelu": _gelu}
+def _linear(dtype: torch.dtype) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    return ops.linear, tuple(torch.randn(shape).to(dtype) for shape in ((33, 65), (129, 65), (129,)))
+
+
+OPS = {"attention": _attention, "layer_norm": _layer_norm, "gelu": _gelu, "linear": _linear}
 
 
 def _checked(name: str, check: Callable[[], str]) -> CheckResult:

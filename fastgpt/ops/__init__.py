@@ -5,5 +5,15 @@ from fastgpt.ops.decode_attention import decode_attention
 from fastgpt.ops.dispatch import BackendError, use_backend
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.linear import linear, packed_linear
 
-__all__ = ["BackendError", "causal_attention", "decode_attention", "gelu", "layer_norm", "use_backend"]
+__all__ = [
+    "BackendError",
+    "causal_attention",
+    "decode_attention",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "packed_linear",
+    "use_backend",
+]

@@ -1,0 +1,124 @@
+"""linear and packed_linear: every backend against the plain product, and what the door refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgpt import ops
+from fastgpt.testing import GRADIENT_FACTOR, assert_within_bound
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make(shape, sizes, dtype=torch.float32, bias=True):
+    """x, weights and biases of numbers that fit one another as those of a network do."""
+    n_in = shape[-1]
+    x = torch.randn(shape).to(dtype)
+    weights = [(torch.randn(n, n_in) / max(1, n_in) ** 0.5).to(dtype) for n in sizes]
+    return x, weights, [torch.randn(n).to(dtype) for n in sizes] if bias else [None] * len(sizes)
+
+
+def run(x, weights, biases, dout, backend, dtype=None):
+    """The output and all gradients, those of x, the weights and the biases."""
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, *weights, *biases) if t is not None]
+    count = len(weights)
+    given = leaves[1 + count :] or [None] * count
+    out = ops.packed_linear(leaves[0], leaves[1 : 1 + count], given, backend=backend)
+    return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+
+def check(x, weights, biases, backend):
+    dout = torch.randn(*x.shape[:-1], sum(w.shape[0] for w in weights)).to(x.dtype)
+    naive = run(x, weights, biases, dout, "reference")
+    truth = run(x, weights, biases, dout, "reference", torch.float64)
+    for index, got in enumerate(run(x, weights, biases, dout, backend)):
+        assert_within_bound(got, naive[index], truth[index], factor=GRADIENT_FACTOR if index else 2.0)
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(7,), (16, 16, 16), (3, 40, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (1, 8), (2, 3, 17), (33, 20)], ids=str)
+def test_output_and_gradients_are_within_the_bound(backend, shape, sizes, bias):
+    torch.manual_seed(0)
+    check(*make(shape, sizes, bias=bias), backend)
+
+
+def test_linear_is_the_packed_form_of_one_weight():
+    x, (weight,), (bias,) = make((4, 6), (5,))
+    torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_may_be_missing_for_some_weights():
+    x, weights, biases = make((9, 6), (5, 4, 3))
+    got = ops.packed_linear(x, weights, [biases[0], None, biases[2]])
+    want = ops.packed_linear(x, weights, [biases[0], torch.zeros(4), biases[2]])
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_only_the_gradients_that_are_asked_for_are_made():
+    x, (weight, other), biases = make((4, 6), (5, 2))
+    weight.requires_grad_()
+    ops.packed_linear(x, (weight, other), biases).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(5, 6), rtol=1e-5, atol=1e-6)
+    assert x.grad is None and other.grad is None
+
+
+def test_autocast_gives_its_dtype_and_float32_gradients():
+    x, (weight,), (bias,) = make((4, 6), (5,))
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, want = ops.linear(x, weight, bias), F.linear(x, weight, bias)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+    assert torch.autograd.grad(out.sum(), weight)[0].dtype == torch.float32
+
+
+def test_float64_passes_gradcheck():
+    x, weights, biases = (
+        [t.double().requires_grad_() for t in part] if isinstance(part, list) else part.double().requires_grad_()
+        for part in make((3, 4), (2, 5))
+    )
+    assert torch.autograd.gradcheck(lambda x, a, b, c, d: ops.packed_linear(x, (a, b), (c, d)), (x, *weights, *biases))
+
+
+@pytest.mark.parametrize("has_bias", [(True, True), (False, False), (False, True)], ids=str)
+def test_the_registered_op_passes_opcheck(has_bias):
+    x, weights, biases = make((3, 7), (4, 2))
+    given = [bias.requires_grad_() for bias, has in zip(biases, has_bias, strict=True) if has]
+    for tensor in (x, *weights):
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.fastgpt.packed_linear.default, (x, weights, given, has_bias, None))
+
+
+def test_torch_compile_sees_one_graph_and_the_same_gradient():
+    x, weights, biases = make((5, 9), (4, 3))
+    leaves = [t.requires_grad_() for t in (x, *weights, biases[0])]
+
+    def loss(x, a, b, c):
+        return ops.packed_linear(x, (a, b), (c, None)).sin().sum()
+
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "biases", "words"),
+    [
+        ([torch.zeros(3, 5)], None, r"got x \(2, 4\), weight \(3, 5\)"),
+        ([torch.zeros(3, 4)], [torch.zeros(4)], r"\(3,\); got \(4,\)"),
+        ([torch.zeros(3, 4, dtype=torch.float64)], None, "one dtype and device"),
+        ([], None, "at least one weight"),
+        ([torch.zeros(3, 4)], [], "0 biases"),
+    ],
+)
+def test_what_does_not_fit_is_refused(weights, biases, words):
+    with pytest.raises(ValueError, match=words):
+        ops.packed_linear(torch.zeros(2, 4), weights, biases)
+
+
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match="must be floating point"):
+        ops.linear(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64))
