@@ -84,7 +84,7 @@ def _checked(name: str, check: Callable[[], str]) -> CheckResult:
 
 
 def _op_error(backend: str, op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> str:
-    dout = torch.randn_like(inputs[0])
+    dout = torch.randn_like(op(*inputs))
 
     def run(backend: str, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
