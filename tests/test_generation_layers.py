@@ -66,4 +66,4 @@ def test_layer_norm_is_within_the_bound(rows, dtype):
     with torch.no_grad():
         naive = F.layer_norm(x, (96,), weight, bias, 1e-5)
         truth = F.layer_norm(x.double(), (96,), weight.double(), bias.double(), 1e-5)
-        assert_within_bound(layers.layer_norm(weight, bias, 1e-5)(x), naive, truth)
+        assert_within_bound(layers.Norm(weight, bias, 1e-5)(x), naive, truth)

@@ -15,6 +15,10 @@ class Cache:
         n_layers, batch, n_heads, head_dim: sizes.
         limit: the largest length that will ever be needed.
         like: a tensor whose dtype and device the cache takes.
+
+    Attributes:
+        buffer: everything, (n_layers, 2, batch, n_heads, capacity, head_dim), contiguous.
+        keys, values: its parts, one of each for every layer.
     """
 
     def __init__(self, n_layers: int, batch: int, n_heads: int, head_dim: int, limit: int, like: Tensor) -> None:
@@ -23,6 +27,7 @@ class Cache:
         self._limit = limit
         self._like = like
         self.capacity = 0
+        self.buffer = like.new_empty(*self._shape, 0, head_dim)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -41,6 +46,7 @@ class Cache:
             buffer[layer, 0, :, :, : self.capacity] = keys
             buffer[layer, 1, :, :, : self.capacity] = values
         self.capacity = capacity
+        self.buffer = buffer
         self.keys = list(buffer[:, 0].unbind())
         self.values = list(buffer[:, 1].unbind())
 

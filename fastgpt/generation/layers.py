@@ -16,6 +16,7 @@ weights. A norm of one row is all call: F.layer_norm takes 3.5 µs, our op, whic
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,37 @@ _FEW_ROWS = 4
 _SMALL_NORM = 2**14
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> Function:
+@dataclass(frozen=True)
+class Linear:
+    """x (..., n_in) ↦ x weightᵀ + bias, by the call that `linear` chose.
+
+    Attributes:
+        weight, bias: (n_out, n_in), and (n_out,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    call: Function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x (..., n) ↦ its rows normalised, scaled by `weight` and shifted by `bias`, both (n,)."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype is self.weight.dtype and x.numel() <= _SMALL_NORM:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """x (..., n_in) ↦ x weightᵀ + bias, without autograd.
 
     Args:
@@ -47,30 +78,10 @@ def linear(weight: Tensor, bias: Tensor | None) -> Function:
     large = weight.numel() >= _ONEDNN_FROM
     if weight.device.type == "cpu" and large and weight.is_contiguous() and _has_onednn():
         if weight.dtype == torch.float32:
-            return _by_onednn(weight, bias)
+            return Linear(weight, bias, _by_onednn(weight, bias))
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return _by_widening(weight, bias)
-    return lambda x: F.linear(x, weight, bias)
-
-
-def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> Function:
-    """x (..., n) ↦ its rows normalised, scaled and shifted, without autograd.
-
-    Args:
-        weight, bias: (n,); read at every call.
-        eps: added to the variance.
-
-    Returns:
-        The function.
-    """
-    shape = weight.shape
-
-    def apply(x: Tensor) -> Tensor:
-        if x.dtype is weight.dtype and x.numel() <= _SMALL_NORM:
-            return F.layer_norm(x, shape, weight, bias, eps)
-        return ops.layer_norm(x, weight, bias, eps)
-
-    return apply
+            return Linear(weight, bias, _by_widening(weight, bias))
+    return Linear(weight, bias, lambda x: F.linear(x, weight, bias))
 
 
 def _has_onednn() -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.generation.layers import Function, layer_norm, linear
+from fastgpt.generation.layers import Function, Norm, linear
 
 # Classes of these modules are known to compute what their structure says.
 _OWN = ("fastgpt.model", "fastgpt.reference", "fastgpt.generation.", "torch.nn.")
@@ -35,11 +35,45 @@ class NotRecognised(Exception):
 
 
 @dataclass(frozen=True)
+class Split:
+    """x ↦ queries, keys and values, each (..., n_heads · head_dim), by three layers."""
+
+    query: Function
+    key: Function
+    value: Function
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.query(x), self.key(x), self.value(x)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """x ↦ queries, keys and values by one layer, which gives them side by side."""
+
+    layer: Function
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.layer(x).chunk(3, dim=-1)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """x ↦ narrow(activate(widen(x)))."""
+
+    widen: Function
+    activate: Function
+    narrow: Function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.narrow(self.activate(self.widen(x)))
+
+
+@dataclass(frozen=True)
 class Block:
-    """One transformer block. `split` gives queries, keys and values, each (..., n_heads · head_dim)."""
+    """One transformer block."""
 
     norm1: Function
-    split: Any
+    split: Split | Joined
     project: Function
     norm2: Function
     feed_forward: Function
@@ -215,7 +249,7 @@ class _Reader:
             return self.function(module)
         if weight.ndim != 1 or weight.shape != bias.shape:
             return self.function(module)
-        return layer_norm(self.tensor(weight), self.tensor(bias), eps)
+        return Norm(self.tensor(weight), self.tensor(bias), eps)
 
     def activation(self, module: nn.Module) -> Function:
         own = type(module).__name__ == "GELU" and type(module).__module__.startswith("fastgpt.")
@@ -234,19 +268,16 @@ class _Reader:
             feed_forward=self.feed_forward(cast(nn.Module, block.ff)),
         )
 
-    def split(self, att: nn.Module) -> Any:
+    def split(self, att: nn.Module) -> Split | Joined:
         if not hasattr(att, "W_query"):
-            joined = self.function(cast(nn.Module, att.qkv))
-            return lambda x: joined(x).chunk(3, dim=-1)
-        query, key, value = (self.function(cast(nn.Module, m)) for m in (att.W_query, att.W_key, att.W_value))
-        return lambda x: (query(x), key(x), value(x))
+            return Joined(self.function(cast(nn.Module, att.qkv)))
+        return Split(*(self.function(cast(nn.Module, m)) for m in (att.W_query, att.W_key, att.W_value)))
 
     def feed_forward(self, ff: nn.Module) -> Function:
         layers = getattr(ff, "layers", None)
         if not isinstance(layers, nn.Sequential) or len(layers) != 3:
             return self.function(ff)
-        widen, activate, narrow = self.function(layers[0]), self.activation(layers[1]), self.function(layers[2])
-        return lambda x: narrow(activate(widen(x)))
+        return FeedForward(self.function(layers[0]), self.activation(layers[1]), self.function(layers[2]))
 
 
 def _heads(block: nn.Module) -> tuple[int, int]:
