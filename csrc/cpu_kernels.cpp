@@ -1,6 +1,7 @@
 // The CPU kernels for one instruction set. setup.py compiles this file once for each, with FASTGPT_ISA set to its name.
 #include "../kernels/cpu/attention.h"
 #include "../kernels/cpu/decode_attention.h"
+#include "../kernels/cpu/decoder.h"
 #include "../kernels/cpu/gelu.h"
 #include "../kernels/cpu/layer_norm.h"
 #include "../kernels/cpu/table.h"
@@ -20,6 +21,8 @@ const KernelTable kTable = {
     gelu_forward,
     gelu_backward,
     decode_attention,
+    decoder_floats,
+    decoder_step,
     attention_forward_floats,
     attention_forward,
     attention_backward_floats,

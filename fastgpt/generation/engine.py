@@ -206,9 +206,13 @@ class CachedEngine:
                 self.cache = self._new_cache(len(sizes))
             self.cache.reserve(widest, self.spare)
             if self.filled:
-                return decode_one_token(self.network, rows.newest(), sizes, rows.even, self.cache)
+                return self._decode(rows, sizes, ended, self.cache)
             self.filled = True
             return self._prefill(rows, sizes)
+
+    def _decode(self, rows: Rows, sizes: Tensor, ended: Tensor, cache: Cache) -> Tensor:
+        """Logits behind each row's newest token; the cache holds all tokens before it, and has room for it."""
+        return decode_one_token(self.network, rows.newest(), sizes, rows.even, cache)
 
     def _new_cache(self, batch: int) -> Cache:
         network = self.network

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.generation.engine import CachedEngine, Engine, PlainEngine, eval_mode, prefill
+from fastgpt.generation.engine import Engine, PlainEngine, eval_mode, prefill
+from fastgpt.generation.native_engine import NativeEngine, make_engine
 from fastgpt.generation.network import Copies, Network, NotRecognised, read_network, unwrap
 from fastgpt.generation.rows import Prompts, Rows, read_prompts
 from fastgpt.generation.sampling import Sampling
@@ -103,6 +104,7 @@ class Generator:
         session = self._session(prompts, max_new_tokens, Sampling(temperature, top_k, top_p, seed), eos_id, overflow)
         if session is None:
             return prompts.new_zeros(0, prompts.shape[1] + max_new_tokens) if isinstance(prompts, Tensor) else []
+        session.ahead = True
         steps = list(session)
         if isinstance(session.prompts, Tensor):
             return torch.cat([session.prompts, *steps], dim=1)
@@ -161,7 +163,7 @@ class Generator:
             limit = network.context_length
             checked = read_prompts(prompts, network.tok_emb.device, network.vocab_size, limit)
             modules = [module for part in network.opaque for module in part.modules()]
-            engine = CachedEngine(network, network.context_length, overflow, max_new_tokens, modules)
+            engine = make_engine(network, network.context_length, overflow, max_new_tokens, modules)
         if len(checked) == 0:
             return None
         stop_at = limit if overflow == "stop" else None
@@ -194,7 +196,11 @@ class Generator:
 
 
 class Session:
-    """One run of the engine over some prompts. Iterating runs it, once; `counts` then tells the new tokens per row."""
+    """One run of the engine over some prompts. Iterating runs it, once; `counts` then tells the new tokens per row.
+
+    Attributes:
+        ahead: several steps may be computed before the first of them is given.
+    """
 
     def __init__(
         self,
@@ -211,6 +217,7 @@ class Session:
         self.sampling = sampling
         self.eos_id = eos_id
         self.stop_at = stop_at
+        self.ahead = False
         self.rows = Rows(prompts)
         self.counts = torch.zeros_like(self.rows.lengths)
 
@@ -220,22 +227,35 @@ class Session:
         ended = torch.zeros(len(rows.lengths), dtype=torch.bool, device="cpu")
         filler = -1 if self.eos_id is None else self.eos_id
         may_end = self.eos_id is not None or self.stop_at is not None
-        for _ in range(self.max_new_tokens):
+        left = self.max_new_tokens
+        while left > 0:
             if self.stop_at is not None:
                 ended = ended | (rows.lengths >= self.stop_at)
                 if bool(ended.all()):
                     return
-            logits = self.engine.next_logits(rows, ended)
-            tokens = self.sampling.choose(logits, generator)
-            if self.eos_id is not None:
-                ended = ended | (tokens == self.eos_id).cpu()
-                if bool(ended.all()):
-                    return
-            self.counts += ~ended
-            rows.append(tokens)
-            if may_end:
-                tokens = tokens.masked_fill(ended.to(tokens.device), filler)
-            yield tokens[:, None]
+            for tokens in self._next(ended, left, generator).unbind(1):
+                if self.eos_id is not None:
+                    ended = ended | (tokens == self.eos_id).cpu()
+                    if bool(ended.all()):
+                        return
+                self.counts += ~ended
+                rows.append(tokens)
+                if may_end:
+                    tokens = tokens.masked_fill(ended.to(tokens.device), filler)
+                left -= 1
+                yield tokens[:, None]
+
+    def _next(self, ended: Tensor, left: int, generator: torch.Generator | None) -> Tensor:
+        """The tokens of the next step, or of several, (batch, n)."""
+        rows = self.rows
+        if self.sampling.greedy and isinstance(self.engine, NativeEngine):
+            at_most = left if self.ahead else 1
+            if self.stop_at is not None:
+                at_most = min(at_most, self.stop_at - int(rows.lengths[~ended].max()))
+            tokens = self.engine.greedy_tokens(rows, ended, at_most, self.eos_id)
+            if tokens is not None:
+                return tokens
+        return self.sampling.choose(self.engine.next_logits(rows, ended), generator)[:, None]
 
 
 def verify(network: Network, model: Callable[[Tensor], Tensor]) -> None:

@@ -48,6 +48,11 @@ class Sampling:
             if not 0 < self.top_p <= 1:
                 raise ValueError(f"top_p is a probability, above 0 and at most 1; got {self.top_p}.")
 
+    @property
+    def greedy(self) -> bool:
+        """The likeliest token is taken, and nothing is drawn."""
+        return self.temperature == 0
+
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A generator at the beginning of `seed`'s sequence; None without a seed."""
         return None if self.seed is None else torch.Generator(device).manual_seed(int(self.seed))
@@ -72,7 +77,7 @@ class Sampling:
             raise ValueError(
                 f"top_k is {self.top_k}, but there are only {logits.shape[-1]} tokens; use None for no limit."
             )
-        if self.temperature == 0:
+        if self.greedy:
             # The first index on ties.
             return logits.argmax(dim=-1)
         if self.top_k is not None:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.generation.engine import CachedEngine, Engine, PlainEngine
+from fastgpt.generation.engine import Engine, PlainEngine
 from fastgpt.generation.errors import OutOfRangeError
 from fastgpt.generation.generator import Session, modules_of, verify
+from fastgpt.generation.native_engine import make_engine
 from fastgpt.generation.network import Network, NotRecognised, read_network
 from fastgpt.generation.rows import read_prompts
 from fastgpt.generation.sampling import Sampling
@@ -78,7 +79,9 @@ def generate(
     if len(prompts) == 0:
         return torch.cat([prompts, prompts.new_zeros(0, max_new_tokens)], dim=1)
     engine = _engine(model, prompts, max_new_tokens, context_size, eos_id is not None)
-    return torch.cat([prompts, *Session(engine, prompts, max_new_tokens, sampling, eos_id)], dim=1)
+    session = Session(engine, prompts, max_new_tokens, sampling, eos_id)
+    session.ahead = True
+    return torch.cat([prompts, *session], dim=1)
 
 
 def steps(model: Callable[[Tensor], Tensor], idx: Tensor, max_new_tokens: int) -> Iterator[Tensor]:
@@ -114,14 +117,14 @@ def _engine(
         return PlainEngine(model, context_size)
     context_length = network.context_length
     if context_size is not None and context_size <= context_length:
-        return CachedEngine(network, context_size, "exact", max_new_tokens)
+        return make_engine(network, context_size, "exact", max_new_tokens)
     to_read = min(context_size or 0, prompts.shape[1] + max_new_tokens - 1)
     if not may_end and to_read > context_length:
         raise OutOfRangeError(
             f"context_size is {context_size} and {to_read} tokens would be read, but the model's context holds "
             f"{context_length}; pass context_size={context_length}, and only the last {context_length} tokens are read."
         )
-    return CachedEngine(network, context_length, "error", max_new_tokens)
+    return make_engine(network, context_length, "error", max_new_tokens)
 
 
 def _network(model: Any, prompts: Tensor, context_size: int | None) -> Network:

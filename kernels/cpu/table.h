@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "decoder_args.h"
+
 namespace fastgpt {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
@@ -108,6 +110,8 @@ struct KernelTable {
   void (*gelu_forward)(const GeluForwardArgs&);
   void (*gelu_backward)(const GeluBackwardArgs&);
   void (*decode_attention)(const DecodeAttentionArgs&);
+  int64_t (*decoder_floats)(const DecoderModel&, int64_t count, int num_threads);
+  void (*decoder_step)(const DecoderStepArgs&);
   int64_t (*attention_forward_floats)(const AttentionSizes&, int num_threads);
   void (*attention_forward)(const AttentionForwardArgs&);
   int64_t (*attention_backward_floats)(const AttentionSizes&, int num_threads);

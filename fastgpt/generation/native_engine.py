@@ -1,0 +1,208 @@
+"""The native decoder (kernels/cpu/decoder.h) as an engine: one call into C++ a token, or for many tokens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.generation.cache import Cache
+from fastgpt.generation.engine import CachedEngine
+from fastgpt.generation.native_weights import NativeWeights, NotNative
+from fastgpt.generation.network import Network
+from fastgpt.generation.rows import Rows
+from fastgpt.ops import dispatch, extension
+
+logger = logging.getLogger("fastgpt")
+
+# Entries of one step: more are cut into several.
+MAX_ENTRIES = 64
+# So long may one call last in which Python does not look for Ctrl-C.
+_CALL_SECONDS = 0.05
+_MOST_STEPS = 64
+# Below so many weights a layer, a second thread costs more in barriers than it reads.
+_WEIGHTS_FOR_THREADS = 2**16
+
+
+class NativeDecoder:
+    """Weights and a cache: takes steps.
+
+    Not for two threads at once: the second is refused with a RuntimeError.
+
+    Args:
+        weights: what to run.
+        batch: rows of the cache.
+        limit: the longest row, at most the context.
+    """
+
+    def __init__(self, weights: NativeWeights, batch: int, limit: int) -> None:
+        network = weights.network
+        self.weights = weights
+        self.batch = batch
+        self.limit = limit
+        self.cache = Cache(
+            len(network.blocks), batch, network.n_heads, network.head_dim, limit, like=torch.empty(0, device="cpu")
+        )
+
+    def step(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        wanted: Tensor | None = None,
+        *,
+        logits: bool = True,
+        best: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Read entries: each a token at a position of a row, all of whose earlier positions were read before.
+
+        Several entries of one row may follow each other: a piece of a prompt, or a guess to be verified. To go back, go
+        on at an earlier position.
+
+        Args:
+            tokens, rows, positions: (count,) int64 on the CPU, count from 0 to MAX_ENTRIES.
+            wanted: (n_wanted,) int64, increasing: the entries behind which something is wanted; None for all.
+            logits: give the logits.
+            best: give the likeliest tokens, the first among equals.
+
+        Returns:
+            (n_wanted, n_logits) float32 or None, and (n_wanted,) int64 or None.
+
+        Raises:
+            ValueError: an entry is outside the vocabulary, the batch or the context.
+            RuntimeError: another thread is in this decoder.
+        """
+        entries = torch.stack((tokens, rows, positions)).contiguous()
+        count = entries.shape[1]
+        wanted = torch.arange(count) if wanted is None else wanted.contiguous()
+        if count:
+            self.cache.reserve(min(self.limit, int(positions.max()) + 1))
+        # Plain tensors, not inference tensors: the caller may do with them what it likes.
+        got_logits = torch.empty(len(wanted), self.weights.n_logits) if logits else None
+        got_best = torch.empty(len(wanted), dtype=torch.int64) if best else None
+        self.weights.decoder.step(
+            self.cache.buffer.data_ptr(), self.batch, self.cache.capacity, entries.data_ptr(), count,
+            wanted.data_ptr(), len(wanted),
+            0 if got_logits is None else got_logits.data_ptr(), 0 if got_best is None else got_best.data_ptr(),
+            self.threads(),
+        )  # fmt: skip
+        return got_logits, got_best
+
+    def greedy(self, tokens: Tensor, rows: Tensor, positions: Tensor, steps: int, eos_id: int | None) -> Tensor:
+        """The likeliest tokens behind these, step after step in one call. The cache must have the room.
+
+        Args:
+            tokens, rows, positions: (count,) int64 on the CPU: the newest token of each row.
+            steps: how many tokens at most.
+            eos_id: the token that ends a row, or None.
+
+        Returns:
+            (count, n) int64, n = steps, or fewer when all rows have ended; a row that has ended holds eos_id.
+
+        Raises:
+            As `step`.
+        """
+        entries = torch.stack((tokens, rows, positions)).contiguous()
+        count = entries.shape[1]
+        out = torch.empty(steps, count, dtype=torch.int64)
+        done = self.weights.decoder.greedy(
+            self.cache.buffer.data_ptr(), self.batch, self.cache.capacity, entries.data_ptr(), count, steps,
+            -1 if eos_id is None else eos_id, out.data_ptr(), self.threads(),
+        )  # fmt: skip
+        return out[:done].t()
+
+    def threads(self) -> int:
+        """Threads for one step."""
+        weights = self.weights
+        return extension.num_threads() if weights.emb_dim * weights.hidden_dim >= _WEIGHTS_FOR_THREADS else 1
+
+
+class NativeEngine(CachedEngine):
+    """`CachedEngine` whose tokens the native decoder reads; prompts are read by PyTorch, into the same cache.
+
+    Args:
+        weights: of the network that the other arguments are for, see `CachedEngine`.
+    """
+
+    def __init__(
+        self,
+        weights: NativeWeights,
+        limit: int,
+        overflow: str,
+        budget: int,
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__(weights.network, limit, overflow, budget, modules)
+        self.weights = weights
+        self._decoder: NativeDecoder | None = None
+        self._seconds_a_step: float | None = None
+
+    def _new_cache(self, batch: int) -> Cache:
+        self._decoder = NativeDecoder(self.weights, batch, self.limit)
+        return self._decoder.cache
+
+    def _decode(self, rows: Rows, sizes: Tensor, ended: Tensor, cache: Cache) -> Tensor:
+        assert self._decoder is not None
+        active = (~ended).nonzero().flatten()
+        logits, _ = self._decoder.step(rows.newest()[active], active, sizes[active] - 1)
+        assert logits is not None
+        if len(active) == len(ended):
+            return logits
+        everyone = logits.new_zeros(len(ended), logits.shape[1])
+        everyone[active] = logits
+        return everyone
+
+    def greedy_tokens(self, rows: Rows, ended: Tensor, at_most: int, eos_id: int | None) -> Tensor | None:
+        """The likeliest tokens of the next steps.
+
+        Args:
+            rows, ended: as for `next_logits`.
+            at_most: so many steps at most.
+            eos_id: the token that ends a row, or None.
+
+        Returns:
+            (batch, n) int64, n from 1 to at_most; a row that has ended holds tokens without meaning. None when
+            `next_logits` must be asked, because rows are read anew.
+        """
+        if not self.filled or self._decoder is None or self.starts is None:
+            return None
+        active = (~ended).nonzero().flatten()
+        sizes = (rows.lengths - self.starts)[active]
+        room = self.limit + 1 - int(sizes.max())
+        steps = min(at_most, room, self._steps_a_call())
+        if steps < 1 or not self._heads_fit():
+            return None
+        self._decoder.cache.reserve(int(sizes.max()) + steps - 1, self.spare)
+        started = time.perf_counter()
+        tokens = self._decoder.greedy(rows.newest()[active], active, sizes - 1, steps, eos_id)
+        self._seconds_a_step = (time.perf_counter() - started) / tokens.shape[1]
+        if len(active) == len(ended):
+            return tokens
+        everyone = tokens.new_zeros(len(ended), tokens.shape[1])
+        everyone[active] = tokens
+        return everyone
+
+    def _heads_fit(self) -> bool:
+        """Every token that the head can give can be read."""
+        return self.weights.n_logits <= self.network.vocab_size
+
+    def _steps_a_call(self) -> int:
+        if self._seconds_a_step is None:
+            return 1
+        return max(1, min(_MOST_STEPS, int(_CALL_SECONDS / max(self._seconds_a_step, 1e-9))))
+
+
+def make_engine(
+    network: Network, limit: int, overflow: str, budget: int, modules: Sequence[nn.Module] = ()
+) -> CachedEngine:
+    """The fastest engine that can run the network; see `CachedEngine` for the arguments."""
+    try:
+        if dispatch.requested() not in ("auto", "cpu"):
+            raise NotNative(f"the backend {dispatch.requested()} is asked for")
+        return NativeEngine(NativeWeights(network), limit, overflow, budget, modules)
+    except NotNative as reason:
+        logger.info("generation runs without the native decoder: %s", reason)
+        return CachedEngine(network, limit, overflow, budget, modules)

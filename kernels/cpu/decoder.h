@@ -1,0 +1,263 @@
+// One step of a GPT of the book with a key-value cache: from tokens to logits, all layers in one call.
+//
+//   x = tok_emb[token] + pos_emb[position]
+//   for each layer:   q, k, v = Wq n, Wk n, Wv n with n = norm1(x);  cache[position] = k, v
+//                     x += Wo attention(q, keys and values of 0 .. position)
+//                     x += W2 gelu(W1 norm2(x))
+//   logits = Wh final_norm(x), best = argmax(logits)
+//
+// A step reads `count` entries, each a (row, position, token): one new token of each row, several of one row (a piece
+// of a prompt, a guess to be verified), or both. An entry sees the entries of its row that come before it in the same
+// step.
+//
+// Work: one OpenMP region for the whole step (team.h). In each phase a thread has its own output rows of the matrix, so
+// that it reads one contiguous part of the weights, each once. Four phases a layer, a barrier after each:
+//
+//   attend   norm1, the query, key and value rows of the thread's heads, and attention of these heads
+//   project  Wo and the shortcut
+//   widen    norm2, W1, GELU
+//   narrow   W2 and the shortcut
+//
+// A norm of few entries is computed by every thread for itself: it costs less than a barrier. Everything is added in
+// float32, and no sum depends on the number of threads or on the other entries.
+// Bytes: every weight once, every cached key and value of the rows once an entry, little else.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "decode_attention.h"
+#include "decoder_args.h"
+#include "decoder_rows.h"
+#include "gelu.h"
+#include "small_gemm.h"
+#include "team.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+// Up to here every thread normalises all entries for itself.
+constexpr int64_t kNormAlone = 4;
+
+// Places in the workspace. Each part begins at a cache line.
+struct DecoderBuffers {
+  float *x, *q, *k, *v, *attended, *hidden, *normed, *best_value, *best_index;
+  int64_t floats;
+
+  DecoderBuffers(float* base, const DecoderModel& model, int64_t count, int threads) {
+    int64_t used = 0;
+    const auto take = [&](int64_t n) {
+      float* place = base == nullptr ? nullptr : base + used;
+      used += round_up(n, 16);
+      return place;
+    };
+    const int64_t heads = model.n_heads * model.head_dim;
+    x = take(count * model.emb_dim);
+    q = take(count * heads);
+    k = take(count * heads);
+    v = take(count * heads);
+    attended = take(count * heads);
+    hidden = take(count * model.hidden_dim);
+    normed = take(count <= kNormAlone ? threads * round_up(count * model.emb_dim, 16) : count * model.emb_dim);
+    best_value = take(count * threads);
+    best_index = take(count * threads * 2);
+    floats = used;
+  }
+};
+
+static int64_t decoder_floats(const DecoderModel& model, int64_t count, int threads) {
+  return DecoderBuffers(nullptr, model, count, threads).floats;
+}
+
+FASTGPT_INLINE void norm_row(float* out, const float* x, const DecoderNorm& norm, int64_t n) {
+  const float mean = sum_lanes(n, [&](int64_t i, int64_t c) { return load_lanes(x + i, c); }) / n;
+  const float var = sum_lanes(n,
+                              [&](int64_t i, int64_t c) {
+                                const VecF centred = load_lanes(x + i, c) - mean;
+                                return centred * centred;
+                              }) /
+                    n;
+  const float rstd = 1.0f / std::sqrt(var + norm.eps);
+  for_lanes(n, [&](int64_t i, int64_t c) {
+    const VecF normalised = (load_lanes(x + i, c) - mean) * rstd;
+    store_lanes(out + i, normalised * load_lanes(norm.weight + i, c) + load_lanes(norm.bias + i, c), c);
+  });
+}
+
+// What one thread does of one step.
+struct DecoderThread {
+  const DecoderStepArgs& a;
+  const DecoderModel& model;
+  const DecoderBuffers& buffers;
+  const Team& team;
+
+  int64_t heads_width() const { return model.n_heads * model.head_dim; }
+
+  void embed() const {
+    const int64_t n = model.emb_dim;
+    for (int64_t m = team.begin(a.count); m < team.end(a.count); ++m) {
+      const float *token = model.tok_emb + a.tokens[m] * n, *position = model.pos_emb + a.positions[m] * n;
+      for_lanes(n, [&](int64_t i, int64_t c) {
+        store_lanes(buffers.x + m * n + i, load_lanes(token + i, c) + load_lanes(position + i, c), c);
+      });
+    }
+  }
+
+  // The normalised entries: this thread's own, or, when there are many, shared ones.
+  const float* normalise(const DecoderNorm& norm, const int64_t* wanted, int64_t count) const {
+    const int64_t n = model.emb_dim;
+    const bool alone = a.count <= kNormAlone;
+    float* out = buffers.normed + (alone ? team.thread * round_up(a.count * n, 16) : 0);
+    const int64_t begin = alone ? 0 : team.begin(count), end = alone ? count : team.end(count);
+    for (int64_t m = begin; m < end; ++m)
+      norm_row(out + m * n, buffers.x + (wanted == nullptr ? m : wanted[m]) * n, norm, n);
+    if (!alone) team.wait();
+    return out;
+  }
+
+  // y (count, n_out) (+)= x W^T + bias, rows begin .. end of W.
+  void multiply(float* y, const DecoderMatrix& matrix, const float* x, int64_t count, int64_t begin, int64_t end,
+                bool add = false) const {
+    multiply_float_rows(Output{y, matrix.n_out, matrix.bias, add}, matrix, x, matrix.n_in, count, begin, end);
+  }
+
+  void multiply_part(float* y, const DecoderMatrix& matrix, const float* x, bool add) const {
+    multiply(y, matrix, x, a.count, team.begin(matrix.n_out, kTileRows), team.end(matrix.n_out, kTileRows), add);
+  }
+
+  void attend(const DecoderLayer& layer, int64_t number) const {
+    const float* x = normalise(layer.norm1, nullptr, a.count);
+    const int64_t first = team.begin(model.n_heads), last = team.end(model.n_heads);
+    // Where the heads divide evenly, a thread attends with its own rows, and no barrier is needed in between.
+    const bool even = model.n_heads % team.size == 0 || model.n_heads >= 8 * team.size;
+    const int64_t width = heads_width();
+    const int64_t begin = even ? first * model.head_dim : team.begin(width, kTileRows);
+    const int64_t end = even ? last * model.head_dim : team.end(width, kTileRows);
+    multiply(buffers.q, layer.query, x, a.count, begin, end);
+    multiply(buffers.k, layer.key, x, a.count, begin, end);
+    multiply(buffers.v, layer.value, x, a.count, begin, end);
+    if (!even) team.wait();
+    write_cache(number, first, last);
+    attend_heads(number, first, last);
+  }
+
+  float* cached(int64_t layer, int64_t which) const {
+    return a.cache + (layer * 2 + which) * a.batch * model.n_heads * a.capacity * model.head_dim;
+  }
+
+  void write_cache(int64_t layer, int64_t first, int64_t last) const {
+    float *keys = cached(layer, 0), *values = cached(layer, 1);
+    for (int64_t m = 0; m < a.count; ++m)
+      for (int64_t head = first; head < last; ++head) {
+        const int64_t from = m * heads_width() + head * model.head_dim;
+        const int64_t to = ((a.rows[m] * model.n_heads + head) * a.capacity + a.positions[m]) * model.head_dim;
+        memcpy(keys + to, buffers.k + from, model.head_dim * sizeof(float));
+        memcpy(values + to, buffers.v + from, model.head_dim * sizeof(float));
+      }
+  }
+
+  void attend_heads(int64_t layer, int64_t first, int64_t last) const {
+    DecodeAttentionArgs args{};
+    args.k = cached(layer, 0);
+    args.v = cached(layer, 1);
+    args.head_dim = model.head_dim;
+    args.n_heads = model.n_heads;
+    args.q_strides[1] = model.head_dim;
+    args.k_strides[0] = args.v_strides[0] = model.n_heads * a.capacity * model.head_dim;
+    args.k_strides[1] = args.v_strides[1] = a.capacity * model.head_dim;
+    args.k_strides[2] = args.v_strides[2] = model.head_dim;
+    args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(model.head_dim));
+    DecodeState state;
+    for (int64_t m = 0; m < a.count; ++m) {
+      args.q = buffers.q + m * heads_width();
+      args.out = buffers.attended + m * heads_width();
+      for (int64_t head = first; head < last; ++head) {
+        decode_keys<float>(args, state, a.rows[m], head, 0, a.positions[m] + 1);
+        write_out<float>(args, state, head);
+      }
+    }
+  }
+
+  void widen(const DecoderLayer& layer) const {
+    const float* x = normalise(layer.norm2, nullptr, a.count);
+    multiply_part(buffers.hidden, layer.widen, x, false);
+    const int64_t begin = team.begin(model.hidden_dim, kTileRows), end = team.end(model.hidden_dim, kTileRows);
+    for (int64_t m = 0; m < a.count; ++m) {
+      float* y = buffers.hidden + m * model.hidden_dim + begin;
+      for_lanes(end - begin, [&](int64_t i, int64_t c) { store_lanes(y + i, gelu(load_lanes(y + i, c)), c); });
+    }
+  }
+
+  void head() const {
+    const float* x = normalise(model.final_norm, a.wanted, a.n_wanted);
+    const DecoderMatrix& matrix = model.head;
+    const int64_t begin = team.begin(matrix.n_out, kTileRows), end = team.end(matrix.n_out, kTileRows);
+    multiply(a.logits, matrix, x, a.n_wanted, begin, end);
+    if (a.best == nullptr) return;
+    int64_t* indices = reinterpret_cast<int64_t*>(buffers.best_index);
+    for (int64_t m = 0; m < a.n_wanted; ++m) {
+      const int64_t best = first_largest(a.logits + m * matrix.n_out, begin, end), slot = m * team.size + team.thread;
+      indices[slot] = best;
+    }
+    team.wait();
+    if (team.thread == 0)
+      for (int64_t m = 0; m < a.n_wanted; ++m)
+        a.best[m] = best_of_parts(a.logits + m * matrix.n_out, indices + m * team.size);
+  }
+
+  // The parts in their order; -1 is the best of an empty part.
+  int64_t best_of_parts(const float* logits, const int64_t* bests) const {
+    int64_t best = -1;
+    for (int part = 0; part < team.size; ++part)
+      if (bests[part] >= 0 && (best < 0 || exceeds(logits[bests[part]], logits[best]))) best = bests[part];
+    return best;
+  }
+
+  // NaN is the largest of all, as torch.argmax has it.
+  static bool exceeds(float a, float b) { return a > b || (a != a && b == b); }
+
+  // The lowest index of the largest number, -1 for none.
+  static int64_t first_largest(const float* x, int64_t begin, int64_t end) {
+    constexpr int64_t kBlock = 64 * kLanes;
+    int64_t best = begin < end ? begin : -1;
+    for (int64_t block = begin; block < end; block += kBlock) {
+      const int64_t stop = min(block + kBlock, end);
+      // Most blocks hold nothing larger, which one comparison of vectors tells. A NaN fails it.
+      VecI exceeded = {};
+      int64_t i = block;
+      const VecF so_far = splat(x[best]);
+      for (; i + kLanes <= stop; i += kLanes) exceeded |= ~(load(x + i) <= so_far);
+      bool look = i < stop;
+      for (int lane = 0; lane < kLanes; ++lane) look |= exceeded[lane] != 0;
+      if (!look) continue;
+      for (i = block; i < stop; ++i)
+        if (exceeds(x[i], x[best])) best = i;
+    }
+    return best;
+  }
+
+  void run() const {
+    embed();
+    team.wait();
+    for (int64_t number = 0; number < model.n_layers; ++number) {
+      const DecoderLayer& layer = model.layers[number];
+      attend(layer, number);
+      team.wait();
+      multiply_part(buffers.x, layer.project, buffers.attended, true);
+      team.wait();
+      widen(layer);
+      team.wait();
+      multiply_part(buffers.x, layer.narrow, buffers.hidden, true);
+      team.wait();
+    }
+    if (a.n_wanted > 0) head();
+  }
+};
+
+static void decoder_step(const DecoderStepArgs& a) {
+  const DecoderBuffers buffers(a.workspace, *a.model, a.count, a.num_threads);
+  run_team(a.num_threads, [&](const Team& team) { DecoderThread{a, *a.model, buffers, team}.run(); });
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

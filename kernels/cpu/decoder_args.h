@@ -1,0 +1,58 @@
+// The arguments of the decoder's kernels: a GPT of the book as matrices, norms and tables, and one step of it.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt {
+
+// How a weight matrix lies in memory: as PyTorch has it, or packed in tiles (decoder_tiles.h).
+enum class WeightFormat : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
+
+// Output rows of one tile, and the inputs that share a scale.
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kScaleGroup = 32;
+
+// y = W x + bias
+struct DecoderMatrix {
+  const void* data;        // (n_out, n_in) row-major, or tiles
+  const uint16_t* scales;  // of int8 and int4: upper halves of float32, (tiles, groups, kTileRows)
+  const float* bias;       // (n_out), or null
+  int64_t n_out, n_in;
+  WeightFormat format;
+};
+
+struct DecoderNorm {
+  const float *weight, *bias;  // (emb_dim)
+  float eps;
+};
+
+struct DecoderLayer {
+  DecoderNorm norm1, norm2;
+  DecoderMatrix query, key, value, project, widen, narrow;
+};
+
+struct DecoderModel {
+  const float *tok_emb, *pos_emb;  // (vocab_size, emb_dim), (context_length, emb_dim)
+  const DecoderLayer* layers;
+  DecoderNorm final_norm;
+  DecoderMatrix head;
+  int64_t n_layers, emb_dim, n_heads, head_dim, hidden_dim;
+};
+
+// One step: `count` entries, each a token at a position of a row of the cache. Entries of one row may follow each
+// other.
+struct DecoderStepArgs {
+  const DecoderModel* model;
+  float* cache;  // (n_layers, 2, batch, n_heads, capacity, head_dim): keys, values
+  int64_t batch, capacity;
+  const int64_t *tokens, *rows, *positions;  // (count)
+  int64_t count;
+  const int64_t* wanted;  // (n_wanted), increasing: the entries behind which logits are wanted
+  int64_t n_wanted;
+  float* logits;     // (n_wanted, n_logits)
+  int64_t* best;     // (n_wanted): the first largest logit, NaN counting as the largest; or null
+  float* workspace;  // as many as decoder_floats says
+  int num_threads;
+};
+
+}  // namespace fastgpt
