@@ -2,6 +2,7 @@
 #include "../kernels/cpu/attention.h"
 #include "../kernels/cpu/decode_attention.h"
 #include "../kernels/cpu/decoder.h"
+#include "../kernels/cpu/decoder_pack.h"
 #include "../kernels/cpu/gelu.h"
 #include "../kernels/cpu/layer_norm.h"
 #include "../kernels/cpu/table.h"
@@ -23,6 +24,7 @@ const KernelTable kTable = {
     decode_attention,
     decoder_floats,
     decoder_step,
+    decoder_pack,
     attention_forward_floats,
     attention_forward,
     attention_backward_floats,

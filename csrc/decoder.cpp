@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -26,6 +27,49 @@ constexpr int64_t kNormsPerLayer = 2, kMatricesPerLayer = 6;
 bool forked = false;
 
 int usable_threads(int num_threads) { return forked ? 1 : check_threads(num_threads); }
+
+WeightFormat to_format(int code) {
+  require(code >= 0 && code <= 3, "Decoder: unknown weight format " + std::to_string(code));
+  return static_cast<WeightFormat>(code);
+}
+
+// Of a packed matrix.
+struct PackedSize {
+  int64_t bytes, scales;
+};
+
+PackedSize packed_size(int64_t n_out, int64_t n_in, WeightFormat format) {
+  require(format != WeightFormat::kFloat32, "Decoder: float32 weights are not packed");
+  check_sizes({n_out, n_in}, "Decoder weights");
+  require(n_out >= 1 && n_in >= 1 && n_out <= INT64_MAX / 1024 && n_in <= INT64_MAX / 1024,
+          "Decoder weights: sizes must be at least 1");
+  const int64_t rows = (n_out + kTileRows - 1) / kTileRows * kTileRows;
+  const int64_t groups = (n_in + kScaleGroup - 1) / kScaleGroup;
+  check_sizes({rows, groups, kScaleGroup}, "Decoder weights");
+  const int64_t weights = rows * groups * kScaleGroup;
+  if (format == WeightFormat::kBFloat16) return {2 * weights, 0};
+  return {format == WeightFormat::kInt8 ? weights : weights / 2, rows * groups};
+}
+
+// Bytes and scales that `pack` writes.
+pybind11::tuple size_of_packed(int64_t n_out, int64_t n_in, int format) {
+  const PackedSize size = packed_size(n_out, n_in, to_format(format));
+  return pybind11::make_tuple(size.bytes, size.scales);
+}
+
+void pack(Address data, Address scales, Address weight, int64_t n_out, int64_t n_in, int format, int num_threads) {
+  const char* what = "Decoder weights";
+  const PackedSize size = packed_size(n_out, n_in, to_format(format));
+  const DecoderPackArgs args = {static_cast<uint8_t*>(pointer(data, size.bytes, 1, what)),
+                                static_cast<uint16_t*>(pointer(scales, size.scales, sizeof(uint16_t), what)),
+                                float_pointer(weight, n_out * n_in, what),
+                                n_out,
+                                n_in,
+                                to_format(format),
+                                usable_threads(num_threads)};
+  pybind11::gil_scoped_release release;
+  kernels().decoder_pack(args);
+}
 
 struct Entries {
   std::vector<int64_t> tokens, rows, positions, best, wanted;
@@ -83,13 +127,19 @@ class Decoder {
     const int64_t count = kMatricesPerLayer * model_.n_layers + 1;
     require(index >= 0 && index < count,
             "Decoder: there are " + std::to_string(count) + " matrices; got index " + std::to_string(index));
-    require(format == 0, "Decoder: unknown weight format " + std::to_string(format));
     DecoderMatrix& matrix =
         index + 1 == count ? model_.head : matrix_of(layers_[index / kMatricesPerLayer], index % kMatricesPerLayer);
-    matrix.format = static_cast<WeightFormat>(format);
-    matrix.data = float_pointer(data, matrix.n_out * matrix.n_in, kWhat);
-    matrix.scales = nullptr;
-    matrix.bias = bias == 0 ? nullptr : float_pointer(bias, matrix.n_out, kWhat);
+    DecoderMatrix changed = matrix;
+    changed.format = to_format(format);
+    if (changed.format == WeightFormat::kFloat32) {
+      changed.data = float_pointer(data, matrix.n_out * matrix.n_in, kWhat);
+    } else {
+      const PackedSize size = packed_size(matrix.n_out, matrix.n_in, changed.format);
+      changed.data = pointer(data, size.bytes, 1, kWhat);
+      changed.scales = static_cast<const uint16_t*>(pointer(scales, size.scales, sizeof(uint16_t), kWhat));
+    }
+    changed.bias = bias == 0 ? nullptr : float_pointer(bias, matrix.n_out, kWhat);
+    matrix = changed;
   }
 
   // One step, see DecoderStepArgs. entries: (3, count) int64: tokens, rows, positions. wanted: (n_wanted) int64.
@@ -155,6 +205,9 @@ class Decoder {
            {&layer.query, &layer.key, &layer.value, &layer.project, &layer.widen, &layer.narrow})
         complete = complete && m->data != nullptr;
     }
+    for (const DecoderLayer& layer : layers_)
+      require(layer.query.format == layer.key.format && layer.query.format == layer.value.format,
+              "Decoder: query, key and value of a layer must have one weight format");
     require(complete, "Decoder: set_embeddings, set_norm and set_matrix must be called for all weights first");
   }
 
@@ -265,6 +318,8 @@ void bind_decoder(pybind11::module_& module) {
 #if defined(__unix__) || defined(__APPLE__)
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
+  module.def("decoder_packed_size", &size_of_packed);
+  module.def("decoder_pack", &pack);
   pybind11::class_<Decoder>(module, "Decoder")
       .def(pybind11::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>())
       .def("set_embeddings", &Decoder::set_embeddings)

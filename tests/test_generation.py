@@ -215,37 +215,37 @@ def test_replaced_parameters_and_modules_are_seen():
     assert torch.equal(generator.generate(idx, 10), GREEDY(model, idx, 10))
 
 
-def test_a_bfloat16_copy_gives_the_tokens_of_the_converted_model():
+def test_a_float64_copy_gives_the_tokens_of_the_converted_model():
     model, idx = small_model(), prompt()
-    want = Generator(copy.deepcopy(model).to(torch.bfloat16)).generate(idx, 20)
-    assert torch.equal(Generator(model, dtype=torch.bfloat16).generate(idx, 20), want)
+    want = Generator(copy.deepcopy(model).to(torch.float64)).generate(idx, 20)
+    assert torch.equal(Generator(model, dtype=torch.float64).generate(idx, 20), want)
     assert model.out_head.weight.dtype == torch.float32
 
 
-def test_a_bfloat16_copy_follows_the_weights():
+def test_a_float64_copy_follows_the_weights():
     model, idx = small_model(), prompt()
-    generator = Generator(model, dtype=torch.bfloat16)
+    generator = Generator(model, dtype=torch.float64)
     before = generator.generate(idx, 10)
     with torch.no_grad():
         model.out_head.weight.neg_()
         model.tok_emb.weight = nn.Parameter(model.tok_emb.weight.flip(0))
     after = generator.generate(idx, 10)
     assert not torch.equal(after, before)
-    assert torch.equal(after, Generator(copy.deepcopy(model).to(torch.bfloat16)).generate(idx, 10))
+    assert torch.equal(after, Generator(copy.deepcopy(model).to(torch.float64)).generate(idx, 10))
 
 
 def test_an_edit_through_data_needs_refresh_and_gets_it():
     model, idx = small_model(), prompt()
-    generator = Generator(model, dtype=torch.bfloat16)
+    generator = Generator(model, dtype=torch.float64)
     generator.generate(idx, 2)
     model.out_head.weight.data.neg_()
     generator.refresh()
-    assert torch.equal(generator.generate(idx, 10), Generator(copy.deepcopy(model).bfloat16()).generate(idx, 10))
+    assert torch.equal(generator.generate(idx, 10), Generator(copy.deepcopy(model).double()).generate(idx, 10))
 
 
 def test_a_copy_forgets_weights_that_are_gone():
     model = small_model()
-    generator = Generator(model, dtype=torch.bfloat16)
+    generator = Generator(model, dtype=torch.float64)
     generator.generate(prompt(), 2)
     count = len(generator._copies._entries)
     model.out_head = nn.Linear(SMALL["emb_dim"], SMALL["vocab_size"], bias=False)
@@ -532,7 +532,7 @@ def test_bad_options_are_refused_with_what_is_wanted(options, error, text):
 
 @pytest.mark.parametrize(
     ("dtype", "text"),
-    [("int8", "not there yet.*bfloat16"), ("int4", "not there yet"), (torch.int8, "floating-point dtype")],
+    [("int2", 'bfloat16, "int8" or "int4"; got \'int2\''), (torch.int8, "floating-point dtype"), (8, "got 8")],
 )
 def test_dtypes_that_are_not_there_name_those_that_are(dtype, text):
     with pytest.raises(ValueError, match=text):

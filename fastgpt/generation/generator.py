@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.generation.engine import Engine, PlainEngine, eval_mode, prefill
-from fastgpt.generation.native_engine import NativeEngine, make_engine
+from fastgpt.generation.native_engine import NativeEngine, make_engine, native_engine
+from fastgpt.generation.native_weights import NotNative, Packs
 from fastgpt.generation.network import Copies, Network, NotRecognised, read_network, unwrap
 from fastgpt.generation.rows import Prompts, Rows, read_prompts
 from fastgpt.generation.sampling import Sampling
@@ -19,6 +20,8 @@ from fastgpt.generation.sampling import Sampling
 logger = logging.getLogger("fastgpt")
 
 OVERFLOWS = ("exact", "stop", "slide")
+# What the native decoder has packed weights for.
+PRECISIONS = (torch.bfloat16, "int8", "int4")
 _PROBE_TOKENS = 4
 # Largest difference of logits, relative to the largest of them, that another order of the same additions explains.
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -33,21 +36,24 @@ class Generator:
     Args:
         model: a GPT of the book's structure, fastgpt's or the reader's own. Any other callable from token ids (batch,
             n_tokens) to logits (batch, n_tokens, vocab_size) works too, without a cache; `why_plain` then says why.
-        dtype: None uses the model's own weights. torch.bfloat16 (or another floating-point dtype) uses a converted
-            copy; changed weights are converted again at the next call, except for edits through `.data`, after which
-            `refresh()` is needed.
+        dtype: None uses the model's own weights. torch.bfloat16, "int8" and "int4" use packed copies of the matrices
+            (8 and 4 bits with a scale for every 32 weights; with "int4" the head has 8 bits), everything else stays
+            float32; where the native decoder cannot run the model, torch.bfloat16 and every other floating-point dtype
+            use a converted copy. Changed weights are converted again at the next call, except for edits through
+            `.data`, after which `refresh()` is needed.
 
     Raises:
         TypeError, ValueError: the model is not callable, or the dtype is not available.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], dtype: torch.dtype | str | None = None) -> None:
         if not callable(model):
             raise TypeError(f"A Generator needs a model, something to call with token ids; got {type(model).__name__}.")
         _check_dtype(dtype)
         self.model = model
         self.dtype = dtype
-        self._copies = None if dtype is None else Copies(dtype)
+        self._copies = Copies(dtype) if isinstance(dtype, torch.dtype) else None
+        self._packs = Packs(dtype) if dtype in PRECISIONS else None
         self._verified: list[type] | None = None
         self._logged: str | None = None
 
@@ -62,8 +68,9 @@ class Generator:
 
     def refresh(self) -> None:
         """Convert all weights again at the next call. Only needed after edits through `.data`, with a dtype."""
-        if self._copies is not None:
-            self._copies.clear()
+        for copies in (self._copies, self._packs):
+            if copies is not None:
+                copies.clear()
         self._verified = None
 
     def generate(
@@ -162,17 +169,32 @@ class Generator:
         else:
             limit = network.context_length
             checked = read_prompts(prompts, network.tok_emb.device, network.vocab_size, limit)
-            modules = [module for part in network.opaque for module in part.modules()]
-            engine = make_engine(network, network.context_length, overflow, max_new_tokens, modules)
+            engine = self._engine(network, overflow, max_new_tokens)
         if len(checked) == 0:
             return None
         stop_at = limit if overflow == "stop" else None
         return Session(engine, checked, max_new_tokens, sampling, eos_id, stop_at)
 
-    def _network(self) -> Network | str:
-        """The model as a network, or why it is none."""
-        try:
+    def _engine(self, network: Network, overflow: str, budget: int) -> Engine:
+        limit = network.context_length
+        if self._packs is not None:
+            try:
+                return native_engine(network, self._packs, limit, overflow, budget)
+            except NotNative as reason:
+                if self._copies is None:
+                    raise ValueError(
+                        f"Generator(dtype={self.dtype!r}) needs the native decoder, which cannot run here: {reason}. "
+                        "dtype=None uses the model's own weights."
+                    ) from None
+        if self._copies is not None:
             network = read_network(self.model, self._copies)
+        modules = [module for part in network.opaque for module in part.modules()]
+        return make_engine(network, limit, overflow, budget, modules)
+
+    def _network(self) -> Network | str:
+        """The model as a network on its own weights, or why it is none."""
+        try:
+            network = read_network(self.model)
             if network.foreign:
                 self._verify(network)
         except NotRecognised as reason:
@@ -191,7 +213,7 @@ class Generator:
         types = [type(module) for module in unwrap(self.model).modules()]
         if types != self._verified:
             with all_in_eval_mode(self.model):
-                verify(network if self._copies is None else read_network(self.model), self.model)
+                verify(network, self.model)
             self._verified = types
 
 
@@ -332,13 +354,9 @@ def _check_count(name: str, value: object) -> None:
 
 
 def _check_dtype(dtype: object) -> None:
-    if dtype in ("int8", "int4"):
-        raise ValueError(
-            f"Generator(dtype={dtype!r}) is not there yet; now there are None (the model's own weights) and "
-            "torch.bfloat16."
-        )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"dtype must be None (the model's own weights) or a floating-point dtype such as torch.bfloat16; "
-            f"got {dtype!r}."
-        )
+    if dtype is None or dtype in PRECISIONS or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    raise ValueError(
+        "dtype must be None (the model's own weights), a floating-point dtype such as torch.bfloat16, "
+        f'"int8" or "int4"; got {dtype!r}.'
+    )

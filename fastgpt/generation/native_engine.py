@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgpt.generation.cache import Cache
 from fastgpt.generation.engine import CachedEngine
-from fastgpt.generation.native_weights import NativeWeights, NotNative
+from fastgpt.generation.native_weights import NativeWeights, NotNative, Packs
 from fastgpt.generation.network import Network
 from fastgpt.generation.rows import Rows
 from fastgpt.ops import dispatch, extension
@@ -121,7 +121,9 @@ class NativeDecoder:
 
 
 class NativeEngine(CachedEngine):
-    """`CachedEngine` whose tokens the native decoder reads; prompts are read by PyTorch, into the same cache.
+    """`CachedEngine` whose tokens the native decoder reads.
+
+    Prompts are read by PyTorch, into the same cache; with packed weights by the decoder, in pieces of MAX_ENTRIES.
 
     Args:
         weights: of the network that the other arguments are for, see `CachedEngine`.
@@ -143,6 +145,26 @@ class NativeEngine(CachedEngine):
     def _new_cache(self, batch: int) -> Cache:
         self._decoder = NativeDecoder(self.weights, batch, self.limit)
         return self._decoder.cache
+
+    def _prefill(self, rows: Rows, sizes: Tensor) -> Tensor:
+        if self.weights.packs is None:
+            return super()._prefill(rows, sizes)
+        assert self.starts is not None
+        if self.cache is None:
+            self._new_cache(len(sizes))
+        assert self._decoder is not None
+        ids, counts = rows.from_positions(self.starts), sizes.tolist()
+        self._decoder.cache.reserve(max(counts))
+        tokens = torch.cat([ids[row, :count] for row, count in enumerate(counts)])
+        places = torch.cat([torch.full((count,), row) for row, count in enumerate(counts)])
+        positions = torch.cat([torch.arange(count) for count in counts])
+        last = sizes.cumsum(0) - 1
+        found = []
+        for begin in range(0, len(tokens), MAX_ENTRIES):
+            part = slice(begin, begin + MAX_ENTRIES)
+            wanted = last[(last >= begin) & (last < begin + MAX_ENTRIES)] - begin
+            found.append(self._decoder.step(tokens[part], places[part], positions[part], wanted)[0])
+        return torch.cat([logits for logits in found if logits is not None])
 
     def _decode(self, rows: Rows, sizes: Tensor, ended: Tensor, cache: Cache) -> Tensor:
         assert self._decoder is not None
@@ -198,11 +220,20 @@ class NativeEngine(CachedEngine):
 def make_engine(
     network: Network, limit: int, overflow: str, budget: int, modules: Sequence[nn.Module] = ()
 ) -> CachedEngine:
-    """The fastest engine that can run the network; see `CachedEngine` for the arguments."""
+    """The fastest engine that reads the network's own weights; see `CachedEngine` for the arguments."""
     try:
-        if dispatch.requested() not in ("auto", "cpu"):
-            raise NotNative(f"the backend {dispatch.requested()} is asked for")
-        return NativeEngine(NativeWeights(network), limit, overflow, budget, modules)
+        return native_engine(network, None, limit, overflow, budget)
     except NotNative as reason:
         logger.info("generation runs without the native decoder: %s", reason)
         return CachedEngine(network, limit, overflow, budget, modules)
+
+
+def native_engine(network: Network, packs: Packs | None, limit: int, overflow: str, budget: int) -> NativeEngine:
+    """The native engine on the network's weights, or on packed copies of them.
+
+    Raises:
+        NotNative: it cannot run this network, or another backend is asked for.
+    """
+    if dispatch.requested() not in ("auto", "cpu"):
+        raise NotNative(f"the backend {dispatch.requested()} is asked for")
+    return NativeEngine(NativeWeights(network, packs), limit, overflow, budget)

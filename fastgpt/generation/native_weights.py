@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +20,77 @@ class NotNative(Exception):
     """The native decoder cannot run this network; the text says why."""
 
 
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as the decoder reads it: the code of its format, its bytes, and the scales of int8 and int4."""
+
+    format: int
+    data: Tensor
+    scales: Tensor | None
+
+
+class Packs:
+    """Packed copies of weights; each is made again when its original has changed.
+
+    Changes are seen by address and version counter; edits through `.data` are not, see `clear`.
+
+    Args:
+        precision: torch.bfloat16, "int8" or "int4". With "int4" the head, from which the tokens are chosen, has 8 bits.
+    """
+
+    def __init__(self, precision: torch.dtype | str) -> None:
+        self.precision = precision
+        self.lock = threading.Lock()
+        self._entries: dict[tuple[Any, ...], tuple[Tensor, int, Any]] = {}
+        self._used: set[tuple[Any, ...]] = set()
+
+    def matrix(self, source: Tensor, is_head: bool) -> Packed:
+        """`source` (n_out, n_in), packed."""
+        precision = "int8" if is_head and self.precision == "int4" else self.precision
+        return self._get(source, precision, lambda: _pack(source, FORMATS[precision]))
+
+    def floats(self, source: Tensor) -> Tensor:
+        """`source` in float32: itself, or a copy."""
+        if source.dtype == torch.float32:
+            return source
+        return self._get(source, torch.float32, lambda: source.float().contiguous())
+
+    def _get(self, source: Tensor, precision: Any, make: Callable[[], Any]) -> Any:
+        key = (source.data_ptr(), source.shape, source.stride(), source.dtype, precision)
+        version = 0 if source.is_inference() else source._version
+        entry = self._entries.get(key)
+        if entry is None or entry[1] != version:
+            # The source is kept, so that no other tensor can come to its address.
+            entry = (source, version, make())
+            self._entries[key] = entry
+        self._used.add(key)
+        return entry[2]
+
+    def drop_unused(self) -> None:
+        """Forget what was not asked for since the last time."""
+        self._entries = {key: entry for key, entry in self._entries.items() if key in self._used}
+        self._used.clear()
+
+    def clear(self) -> None:
+        """Forget all copies, so that they are made again."""
+        self._entries.clear()
+
+
+def _pack(source: Tensor, code: int) -> Packed:
+    module = extension.load("cpu")
+    weight = source.detach().float().contiguous()
+    n_bytes, n_scales = module.decoder_packed_size(*weight.shape, code)
+    data = torch.empty(n_bytes, dtype=torch.uint8)
+    scales = torch.empty(n_scales, dtype=torch.int16)
+    module.decoder_pack(
+        data.data_ptr(), scales.data_ptr(), weight.data_ptr(), *weight.shape, code, extension.num_threads()
+    )
+    return Packed(code, data, scales)
+
+
 class NativeWeights:
     """A decoder with the weights of a network.
 
@@ -24,17 +98,19 @@ class NativeWeights:
 
     Args:
         network: as read from the model; it is kept, and with it the tensors.
+        packs: where given, the matrices are read from packed copies.
 
     Raises:
         NotNative: a part of the network is none that the decoder knows, or there is no extension.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, packs: Packs | None = None) -> None:
         reason = extension.why_not("cpu")
         if reason is not None:
             raise NotNative(reason)
         self.network = network
-        self._kept: list[Tensor] = []
+        self.packs = packs
+        self._kept: list[Any] = []
         head = _linear(network.head, "the head")
         self.n_logits = head.weight.shape[0]
         widths = {_feed_forward(block).widen.weight.shape[0] for block in network.blocks}
@@ -46,7 +122,12 @@ class NativeWeights:
             len(network.blocks), self.emb_dim, network.n_heads, network.head_dim, self.hidden_dim,
             network.vocab_size, network.context_length, self.n_logits,
         )  # fmt: skip
-        self._fill()
+        if packs is None:
+            self._fill()
+        else:
+            with packs.lock:
+                self._fill()
+                packs.drop_unused()
 
     def _fill(self) -> None:
         network = self.network
@@ -79,18 +160,33 @@ class NativeWeights:
 
     def _set_matrix(self, index: int, weight: Tensor, bias: Tensor | None, n_out: int, n_in: int) -> None:
         bias_address = 0 if bias is None else self._address(bias, n_out)
-        self.decoder.set_matrix(index, 0, self._address(weight, n_out, n_in), 0, bias_address)
+        if self.packs is None:
+            self.decoder.set_matrix(index, 0, self._address(weight, n_out, n_in), 0, bias_address)
+            return
+        _check(weight, n_out, n_in)
+        packed = self.packs.matrix(weight, index == 6 * len(self.network.blocks))
+        self._kept.append(packed)
+        scales = 0 if packed.scales is None else packed.scales.data_ptr()
+        self.decoder.set_matrix(index, packed.format, packed.data.data_ptr(), scales, bias_address)
 
     def _address(self, tensor: Tensor, *shape: int) -> int:
         """The address of a tensor that the decoder may read; it is kept alive."""
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-            raise NotNative(f"the weights are {tensor.dtype} on {tensor.device.type}, not torch.float32 on a CPU")
-        if tensor.shape != shape:
-            raise NotNative(f"a weight has shape {tuple(tensor.shape)}, not {shape}")
+        _check(tensor, *shape)
+        if self.packs is not None:
+            tensor = self.packs.floats(tensor)
+        if tensor.dtype != torch.float32:
+            raise NotNative(f"the weights are {tensor.dtype}, not torch.float32")
         if not tensor.is_contiguous():
             raise NotNative("a weight is not contiguous")
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _check(tensor: Tensor, *shape: int) -> None:
+    if tensor.device.type != "cpu":
+        raise NotNative(f"the weights are on {tensor.device.type}, not on a CPU")
+    if tensor.shape != shape:
+        raise NotNative(f"a weight has shape {tuple(tensor.shape)}, not {shape}")
 
 
 def _linear(function: Any, what: str) -> Linear:

@@ -29,6 +29,7 @@
 #include "decode_attention.h"
 #include "decoder_args.h"
 #include "decoder_rows.h"
+#include "decoder_tiles.h"
 #include "gelu.h"
 #include "small_gemm.h"
 #include "team.h"
@@ -36,13 +37,14 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-// Up to here every thread normalises all entries for itself.
-constexpr int64_t kNormAlone = 4;
+// Up to here every thread normalises and packs all entries for itself.
+constexpr int64_t kAlone = 4;
 
 // Places in the workspace. Each part begins at a cache line.
 struct DecoderBuffers {
-  float *x, *q, *k, *v, *attended, *hidden, *normed, *best_value, *best_index;
-  int64_t floats;
+  float *x, *q, *k, *v, *attended, *hidden, *normed, *packed;
+  int64_t* bests;
+  int64_t floats, normed_floats, packed_floats;  // the last two: one thread's part, or all of it when it is shared
 
   DecoderBuffers(float* base, const DecoderModel& model, int64_t count, int threads) {
     int64_t used = 0;
@@ -58,9 +60,13 @@ struct DecoderBuffers {
     v = take(count * heads);
     attended = take(count * heads);
     hidden = take(count * model.hidden_dim);
-    normed = take(count <= kNormAlone ? threads * round_up(count * model.emb_dim, 16) : count * model.emb_dim);
-    best_value = take(count * threads);
-    best_index = take(count * threads * 2);
+    const int64_t copies = count <= kAlone ? threads : 1;
+    const int64_t widest = max(max(model.emb_dim, model.hidden_dim), heads);
+    normed_floats = round_up(count * model.emb_dim, 16);
+    packed_floats = PackedInputs::floats(widest, count);
+    normed = take(copies * normed_floats);
+    packed = take(copies * packed_floats);
+    bests = reinterpret_cast<int64_t*>(take(count * threads * 2));
     floats = used;
   }
 };
@@ -106,8 +112,8 @@ struct DecoderThread {
   // The normalised entries: this thread's own, or, when there are many, shared ones.
   const float* normalise(const DecoderNorm& norm, const int64_t* wanted, int64_t count) const {
     const int64_t n = model.emb_dim;
-    const bool alone = a.count <= kNormAlone;
-    float* out = buffers.normed + (alone ? team.thread * round_up(a.count * n, 16) : 0);
+    const bool alone = a.count <= kAlone;
+    float* out = buffers.normed + (alone ? team.thread * buffers.normed_floats : 0);
     const int64_t begin = alone ? 0 : team.begin(count), end = alone ? count : team.end(count);
     for (int64_t m = begin; m < end; ++m)
       norm_row(out + m * n, buffers.x + (wanted == nullptr ? m : wanted[m]) * n, norm, n);
@@ -115,27 +121,45 @@ struct DecoderThread {
     return out;
   }
 
-  // y (count, n_out) (+)= x W^T + bias, rows begin .. end of W.
-  void multiply(float* y, const DecoderMatrix& matrix, const float* x, int64_t count, int64_t begin, int64_t end,
-                bool add = false) const {
-    multiply_float_rows(Output{y, matrix.n_out, matrix.bias, add}, matrix, x, matrix.n_in, count, begin, end);
+  // x as the matrices of this format read it.
+  PackedInputs pack(WeightFormat format, const float* x, int64_t n_in, int64_t count) const {
+    if (format == WeightFormat::kFloat32) return {};
+    const bool alone = a.count <= kAlone;
+    float* place = buffers.packed + (alone ? team.thread * buffers.packed_floats : 0);
+    const PackedInputs packed = PackedInputs::at(place, n_in, count);
+    const int64_t groups = groups_of(n_in);
+    pack_inputs(packed, format, x, n_in, count, alone ? 0 : team.begin(groups), alone ? groups : team.end(groups));
+    if (!alone) team.wait();
+    return packed;
   }
 
-  void multiply_part(float* y, const DecoderMatrix& matrix, const float* x, bool add) const {
-    multiply(y, matrix, x, a.count, team.begin(matrix.n_out, kTileRows), team.end(matrix.n_out, kTileRows), add);
+  // y (count, n_out) (+)= x W^T + bias, rows begin .. end of W; packed is x again.
+  static void multiply(float* y, const DecoderMatrix& matrix, const float* x, const PackedInputs& packed, int64_t count,
+                       int64_t begin, int64_t end, bool add = false) {
+    const Output out = {y, matrix.n_out, matrix.bias, add};
+    matrix.format == WeightFormat::kFloat32 ? multiply_float_rows(out, matrix, x, matrix.n_in, count, begin, end)
+                                            : multiply_tiles(out, matrix, packed, count, begin, end);
+  }
+
+  // This thread's part of the rows.
+  void multiply_part(float* y, const DecoderMatrix& matrix, const float* x, int64_t count, bool add = false) const {
+    const PackedInputs packed = pack(matrix.format, x, matrix.n_in, count);
+    multiply(y, matrix, x, packed, count, team.begin(matrix.n_out, kTileRows), team.end(matrix.n_out, kTileRows), add);
   }
 
   void attend(const DecoderLayer& layer, int64_t number) const {
     const float* x = normalise(layer.norm1, nullptr, a.count);
     const int64_t first = team.begin(model.n_heads), last = team.end(model.n_heads);
     // Where the heads divide evenly, a thread attends with its own rows, and no barrier is needed in between.
-    const bool even = model.n_heads % team.size == 0 || model.n_heads >= 8 * team.size;
+    const bool whole = layer.query.format == WeightFormat::kFloat32 || model.head_dim % kTileRows == 0;
+    const bool even = team.size == 1 || (whole && (model.n_heads % team.size == 0 || model.n_heads >= 8 * team.size));
     const int64_t width = heads_width();
     const int64_t begin = even ? first * model.head_dim : team.begin(width, kTileRows);
     const int64_t end = even ? last * model.head_dim : team.end(width, kTileRows);
-    multiply(buffers.q, layer.query, x, a.count, begin, end);
-    multiply(buffers.k, layer.key, x, a.count, begin, end);
-    multiply(buffers.v, layer.value, x, a.count, begin, end);
+    const PackedInputs packed = pack(layer.query.format, x, model.emb_dim, a.count);
+    multiply(buffers.q, layer.query, x, packed, a.count, begin, end);
+    multiply(buffers.k, layer.key, x, packed, a.count, begin, end);
+    multiply(buffers.v, layer.value, x, packed, a.count, begin, end);
     if (!even) team.wait();
     write_cache(number, first, last);
     attend_heads(number, first, last);
@@ -180,7 +204,7 @@ struct DecoderThread {
 
   void widen(const DecoderLayer& layer) const {
     const float* x = normalise(layer.norm2, nullptr, a.count);
-    multiply_part(buffers.hidden, layer.widen, x, false);
+    multiply_part(buffers.hidden, layer.widen, x, a.count);
     const int64_t begin = team.begin(model.hidden_dim, kTileRows), end = team.end(model.hidden_dim, kTileRows);
     for (int64_t m = 0; m < a.count; ++m) {
       float* y = buffers.hidden + m * model.hidden_dim + begin;
@@ -192,17 +216,14 @@ struct DecoderThread {
     const float* x = normalise(model.final_norm, a.wanted, a.n_wanted);
     const DecoderMatrix& matrix = model.head;
     const int64_t begin = team.begin(matrix.n_out, kTileRows), end = team.end(matrix.n_out, kTileRows);
-    multiply(a.logits, matrix, x, a.n_wanted, begin, end);
+    multiply_part(a.logits, matrix, x, a.n_wanted);
     if (a.best == nullptr) return;
-    int64_t* indices = reinterpret_cast<int64_t*>(buffers.best_index);
-    for (int64_t m = 0; m < a.n_wanted; ++m) {
-      const int64_t best = first_largest(a.logits + m * matrix.n_out, begin, end), slot = m * team.size + team.thread;
-      indices[slot] = best;
-    }
+    for (int64_t m = 0; m < a.n_wanted; ++m)
+      buffers.bests[m * team.size + team.thread] = first_largest(a.logits + m * matrix.n_out, begin, end);
     team.wait();
     if (team.thread == 0)
       for (int64_t m = 0; m < a.n_wanted; ++m)
-        a.best[m] = best_of_parts(a.logits + m * matrix.n_out, indices + m * team.size);
+        a.best[m] = best_of_parts(a.logits + m * matrix.n_out, buffers.bests + m * team.size);
   }
 
   // The parts in their order; -1 is the best of an empty part.
@@ -243,11 +264,11 @@ struct DecoderThread {
       const DecoderLayer& layer = model.layers[number];
       attend(layer, number);
       team.wait();
-      multiply_part(buffers.x, layer.project, buffers.attended, true);
+      multiply_part(buffers.x, layer.project, buffers.attended, a.count, true);
       team.wait();
       widen(layer);
       team.wait();
-      multiply_part(buffers.x, layer.narrow, buffers.hidden, true);
+      multiply_part(buffers.x, layer.narrow, buffers.hidden, a.count, true);
       team.wait();
     }
     if (a.n_wanted > 0) head();

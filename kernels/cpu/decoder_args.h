@@ -55,4 +55,14 @@ struct DecoderStepArgs {
   int num_threads;
 };
 
+// A float32 matrix into the tiles of a format.
+struct DecoderPackArgs {
+  uint8_t* data;        // as many bytes as decoder_pack_bytes says
+  uint16_t* scales;     // (tiles, groups, kTileRows); null for bfloat16
+  const float* weight;  // (n_out, n_in)
+  int64_t n_out, n_in;
+  WeightFormat format;
+  int num_threads;
+};
+
 }  // namespace fastgpt

@@ -112,6 +112,7 @@ struct KernelTable {
   void (*decode_attention)(const DecodeAttentionArgs&);
   int64_t (*decoder_floats)(const DecoderModel&, int64_t count, int num_threads);
   void (*decoder_step)(const DecoderStepArgs&);
+  void (*decoder_pack)(const DecoderPackArgs&);
   int64_t (*attention_forward_floats)(const AttentionSizes&, int num_threads);
   void (*attention_forward)(const AttentionForwardArgs&);
   int64_t (*attention_backward_floats)(const AttentionSizes&, int num_threads);
