@@ -57,9 +57,11 @@ static float read_part(const float* data, int64_t n) {
 }
 
 static float multiply_add(int64_t steps) {
-  Vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {}, a8 = {}, a9 = {};
   Vec x, y;
   for (int lane = 0; lane < kLanes; ++lane) x[lane] = 0.999f, y[lane] = 1e-3f;
+  // Ten different starts: the compiler computes equal sums once, and the loop then waits for one chain of additions.
+  Vec a0 = y, a1 = y * 2, a2 = y * 3, a3 = y * 4, a4 = y * 5, a5 = y * 6, a6 = y * 7, a7 = y * 8, a8 = y * 9,
+      a9 = y * 10;
   for (int64_t i = 0; i < steps; ++i) {
     a0 = a0 * x + y, a1 = a1 * x + y, a2 = a2 * x + y, a3 = a3 * x + y, a4 = a4 * x + y;
     a5 = a5 * x + y, a6 = a6 * x + y, a7 = a7 * x + y, a8 = a8 * x + y, a9 = a9 * x + y;
