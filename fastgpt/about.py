@@ -13,7 +13,16 @@ import torch
 from fastgpt._version import __version__
 from fastgpt.ops import dispatch, extension
 
-ROOMS = ("attention", "decode_attention", "layer_norm", "gelu", "linear")
+ROOMS = (
+    "attention",
+    "decode_attention",
+    "layer_norm",
+    "dropout_add_layer_norm",
+    "gelu",
+    "embedding",
+    "linear",
+    "linear_cross_entropy",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Info:
 
     def __str__(self) -> str:
         lines = [f"{name:<12}{value}" for name, value in self.facts.items()]
-        lines += ["", f"{'op':<18}{'device':<8}{'dtype':<10}{'runs on':<11}others"]
+        lines += ["", f"{'op':<24}{'device':<8}{'dtype':<10}{'runs on':<11}others"]
         notes: dict[str, int] = {}
         for row in self.rows:
             others = []
@@ -56,7 +65,7 @@ class Info:
                     others.append(backend)
                 elif reason != "active":
                     others.append(f"{backend}[{notes.setdefault(reason, len(notes) + 1)}]")
-            lines.append(f"{row.op:<18}{row.device:<8}{row.dtype:<10}{row.active:<11}{' '.join(others)}")
+            lines.append(f"{row.op:<24}{row.device:<8}{row.dtype:<10}{row.active:<11}{' '.join(others)}")
         lines += ["", *(f"[{number}] {reason}" for reason, number in notes.items())] if notes else []
         return "\n".join(lines)
 

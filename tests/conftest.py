@@ -49,13 +49,23 @@ class OpBackend:
         return self.name
 
 
-@pytest.fixture(params=["cpu", "triton", "cuda"])
-def op_backend(request: pytest.FixtureRequest) -> Iterator[OpBackend]:
-    """Each backend in turn. Tensors that the test makes without a device land on the backend's."""
-    backend = OpBackend(request.param)
+def _on_its_device(name: str) -> Iterator[OpBackend]:
+    backend = OpBackend(name)
     if backend.device == "cuda" and not torch.cuda.is_available():
         if backend.name in env.require():
             pytest.fail(f"FASTGPT_REQUIRE names {backend.name}, but torch sees no CUDA device")
         pytest.skip(f"{backend.name}: torch sees no CUDA device")
     with torch.device(backend.device):
         yield backend
+
+
+@pytest.fixture(params=["cpu", "triton", "cuda"])
+def op_backend(request: pytest.FixtureRequest) -> Iterator[OpBackend]:
+    """Each backend of ours in turn. Tensors that the test makes without a device land on the backend's."""
+    yield from _on_its_device(request.param)
+
+
+@pytest.fixture(params=["torch", "cpu", "triton", "cuda"])
+def any_backend(request: pytest.FixtureRequest) -> Iterator[OpBackend]:
+    """As op_backend, and PyTorch's own ops, for rooms where their use needs a proof."""
+    yield from _on_its_device(request.param)

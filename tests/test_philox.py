@@ -45,6 +45,17 @@ def test_the_mask_of_an_element_depends_on_no_length():
     assert torch.equal(small, large[:, :, :10, :70])
 
 
+def test_rows_past_32_bits_count_on_in_the_third_word():
+    seed, row = 0x123456789ABCDEF, (5 << 32) + 7
+    keep = philox.keep_rows(2, 70, 0.4, seed, first_row=row)
+    drawn = words((8 + 66 % 8, 8, 5, 0), (seed & 0xFFFFFFFF, seed >> 32))
+    assert bool(keep[1, 66]) == (drawn[0] & 0xFFFF >= philox.threshold(0.4))
+
+
+def test_rows_take_the_numbers_of_the_first_head():
+    assert torch.equal(philox.keep_rows(10, 70, 0.5, seed=9), philox.keep_mask(1, 1, 10, 70, 0.5, seed=9)[0, 0])
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_the_mask_drops_the_fraction_it_is_asked_for(dropout_p):
     keep = philox.keep_mask(2, 4, 128, 256, dropout_p, seed=3).double()

@@ -3,17 +3,23 @@
 from fastgpt.ops.attention import causal_attention
 from fastgpt.ops.decode_attention import decode_attention
 from fastgpt.ops.dispatch import BackendError, use_backend
+from fastgpt.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.linear import linear, packed_linear
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "BackendError",
     "causal_attention",
     "decode_attention",
+    "dropout_add_layer_norm",
+    "embedding",
     "gelu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "packed_linear",
     "use_backend",
 ]

@@ -9,6 +9,9 @@ four 32-bit words, hence eight 16-bit numbers, and serves eight columns of one r
     column   j = 64 · (j // 64) + 8 · s + j % 8 takes slot s: word s // 2, its low 16 bits when s is even, else the high
     keep     number >= threshold, threshold = round(p · 65536); kept weights are scaled by 65536 / (65536 - threshold)
 
+Tensors of rows (the residual stream, the embeddings) take the same numbers: element (r, j) of (rows, n) is element
+(b, h, i, j) with c1 = r mod 2^32 and c2 = r / 2^32.
+
 Eight columns that lie 8 apart are what one thread holds of a 64-wide tile in the accumulators of mma and wgmma, and a
 slot over eight draws is one 8-lane vector on a CPU. So no backend draws a number that it does not use.
 
@@ -41,6 +44,12 @@ def scale(dropout_p: float) -> float:
     return 65536 / kept if kept else 0.0
 
 
+def check_probability(op: str, dropout_p: float) -> None:
+    """Raise ValueError unless 0 <= dropout_p <= 1."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}; it is a probability, from 0 to 1.")
+
+
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
     """Four words for each counter. Counters and words are int64 tensors that hold unsigned 32-bit numbers."""
     c0, c1, c2, c3 = counter
@@ -62,13 +71,29 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 def keep_mask(batch: int, n_heads: int, q_len: int, k_len: int, dropout_p: float, seed: int, offset: int = 0) -> Tensor:
     """The elements of the attention weights that dropout keeps: (batch, n_heads, q_len, k_len), bool, on the CPU."""
-    column = torch.arange(k_len)
-    shape = (batch * n_heads, q_len, k_len)
-    c0 = (column // 64 * 8 + column % 8).expand(shape)
-    c1 = torch.arange(q_len)[:, None].expand(shape)
-    c2 = torch.arange(batch * n_heads)[:, None, None].expand(shape)
+    c1 = torch.arange(q_len)[:, None]
+    c2 = torch.arange(batch * n_heads)[:, None, None]
+    return _keep(c1, c2, k_len, dropout_p, seed, offset).view(batch, n_heads, q_len, k_len)
+
+
+def keep_rows(rows: int, n: int, dropout_p: float, seed: int, first_row: int = 0) -> Tensor:
+    """The elements of a tensor of rows that dropout keeps: (rows, n), bool, on the CPU."""
+    row = torch.arange(first_row, first_row + rows)[:, None]
+    return _keep(row & _LOW, row >> 32, n, dropout_p, seed)
+
+
+def drop_rows(x: Tensor, dropout_p: float, seed: int) -> Tensor:
+    """Dropout of x (..., n) as the kernels draw it for this seed: dropped elements times 0, kept ones scaled up."""
+    keep = keep_rows(x.shape[:-1].numel(), x.shape[-1], dropout_p, seed).view(x.shape).to(x.device)
+    return x * keep * scale(dropout_p)
+
+
+def _keep(c1: Tensor, c2: Tensor, n: int, dropout_p: float, seed: int, offset: int = 0) -> Tensor:
+    column = torch.arange(n)
+    c0 = column // 64 * 8 + column % 8
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     words = torch.stack(philox((c0, c1, c2, torch.full_like(c0, offset)), seed))
-    slot = (column % 64 // 8).expand(shape)
+    slot = (column % 64 // 8).expand(c0.shape)
     word = words.gather(0, (slot // 2)[None])[0]
     number = torch.where(slot % 2 == 0, word & 0xFFFF, word >> 16)
-    return (number >= threshold(dropout_p)).view(batch, n_heads, q_len, k_len)
+    return number >= threshold(dropout_p)

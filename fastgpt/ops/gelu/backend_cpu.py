@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgpt.ops import cpu_support
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
+from fastgpt.ops.gelu.unfused import bias_gradient, biased
 
 if TYPE_CHECKING:
     from fastgpt.ops.gelu import Case
@@ -19,19 +20,19 @@ def why_not(case: Case) -> str | None:
     return cpu_support.why_not(case.device, case.dtype)
 
 
-def forward(x: Tensor) -> Tensor:
-    """Returns gelu(x), contiguous."""
-    x = x.contiguous()
+def forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns gelu(x + bias), contiguous."""
+    x = biased(x, bias).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     load("cpu").gelu_forward(out.data_ptr(), x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], num_threads())
     return out
 
 
-def backward(dout: Tensor, x: Tensor) -> Tensor:
-    """Returns dout · gelu'(x), contiguous."""
-    x, dout = x.contiguous(), dout.contiguous()
+def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Returns dx = dout · gelu'(x + bias), contiguous, and dbias."""
+    x, dout = biased(x, bias).contiguous(), dout.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype)
     load("cpu").gelu_backward(
         dx.data_ptr(), dout.data_ptr(), x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], num_threads()
     )
-    return dx
+    return dx, bias_gradient(dx, bias)

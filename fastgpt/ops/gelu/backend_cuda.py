@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt.ops import cuda_support
 from fastgpt.ops.cuda_support import DTYPE_CODES
 from fastgpt.ops.extension import load
+from fastgpt.ops.gelu.unfused import bias_gradient, biased
 
 if TYPE_CHECKING:
     from fastgpt.ops.gelu import Case
@@ -22,23 +23,23 @@ def why_not(case: Case) -> str | None:
     return cuda_support.why_not(case.device, case.dtype)
 
 
-def forward(x: Tensor) -> Tensor:
-    """Returns gelu(x), contiguous."""
+def forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns gelu(x + bias), contiguous."""
     with torch.cuda.device(x.device):
-        x = x.contiguous()
+        x = biased(x, bias).contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         stream = cuda_support.stream()
         load("cuda").gelu_forward(out.data_ptr(), x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], stream)
         return out
 
 
-def backward(dout: Tensor, x: Tensor) -> Tensor:
-    """Returns dout · gelu'(x), contiguous."""
+def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Returns dx = dout · gelu'(x + bias), contiguous, and dbias."""
     with torch.cuda.device(x.device):
-        x, dout = x.contiguous(), dout.contiguous()
+        x, dout = biased(x, bias).contiguous(), dout.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         load("cuda").gelu_backward(
             dx.data_ptr(), dout.data_ptr(), x.data_ptr(),
             x.numel(), DTYPE_CODES[x.dtype], cuda_support.stream(),
         )  # fmt: skip
-        return dx
+        return dx, bias_gradient(dx, bias)

@@ -15,6 +15,6 @@ def why_not(case: Any) -> str | None:
     return None
 
 
-def apply(x: Tensor) -> Tensor:
-    """F.gelu in its tanh form."""
-    return F.gelu(x, approximate="tanh")
+def apply(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.gelu in its tanh form, after an addition."""
+    return F.gelu(x if bias is None else (x + bias).to(x.dtype), approximate="tanh")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import triton_support
+from fastgpt.ops.gelu.unfused import bias_gradient, biased
 
 if TYPE_CHECKING:
     from fastgpt.ops.gelu import Case
@@ -24,11 +25,11 @@ def why_not(case: Case) -> str | None:
     return triton_support.why_not(case.device, case.dtype)
 
 
-def forward(x: Tensor) -> Tensor:
-    """Returns gelu(x), contiguous."""
+def forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns gelu(x + bias), contiguous."""
     from fastgpt.kernels.triton.gelu import gelu_forward_kernel as kernel
 
-    x = x.contiguous()
+    x = biased(x, bias).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if n := x.numel():
         with triton_support.device_of(x):
@@ -36,13 +37,13 @@ def forward(x: Tensor) -> Tensor:
     return out
 
 
-def backward(dout: Tensor, x: Tensor) -> Tensor:
-    """Returns dout · gelu'(x), contiguous."""
+def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Returns dx = dout · gelu'(x + bias), contiguous, and dbias."""
     from fastgpt.kernels.triton.gelu import gelu_backward_kernel as kernel
 
-    x, dout = x.contiguous(), dout.contiguous()
+    x, dout = biased(x, bias).contiguous(), dout.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if n := x.numel():
         with triton_support.device_of(x):
             kernel[(-(-n // BLOCK),)](dx, dout, x, n, BLOCK=BLOCK, num_warps=NUM_WARPS, **triton_support.OPTIONS)
-    return dx
+    return dx, bias_gradient(dx, bias)

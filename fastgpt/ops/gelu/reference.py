@@ -16,6 +16,8 @@ def why_not(case: Any) -> str | None:
     return None
 
 
-def apply(x: Tensor) -> Tensor:
-    """x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))"""
+def apply(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), where x is x + bias."""
+    if bias is not None:
+        x = (x + bias).to(x.dtype)
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))

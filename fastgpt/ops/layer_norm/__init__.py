@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import dispatch, registration
+from fastgpt.ops.layer_norm.layout import check_weights
 
 BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
 
@@ -49,7 +50,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
 
     Paper: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
-    _check(x, weight, bias)
+    check_weights("layer_norm", x, weight, bias)
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.fastgpt.layer_norm(x, weight, bias, eps, backend)[0]
         return out
@@ -63,28 +64,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
 
 def _case(x: Tensor, weight: Tensor) -> Case:
     return Case(x.device.type, x.dtype, weight.dtype, x.shape[-1])
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if x.ndim == 0 or weight.shape != x.shape[-1:] or bias.shape != weight.shape:
-        n = tuple(x.shape[-1:])
-        raise ValueError(
-            f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must both have the shape of "
-            f"the last axis of x, {n}; x is {tuple(x.shape)}."
-        )
-    if not x.is_floating_point() or weight.dtype != bias.dtype:
-        raise ValueError(
-            f"layer_norm: x must be floating point, weight and bias of one dtype; got {x.dtype}, "
-            f"{weight.dtype} and {bias.dtype}."
-        )
-    if weight.dtype not in (x.dtype, torch.float32):
-        raise ValueError(
-            f"layer_norm: weight is {weight.dtype}, x is {x.dtype}; weight must be {x.dtype} or torch.float32."
-        )
-    if not x.device == weight.device == bias.device:
-        raise ValueError(
-            f"layer_norm: x is on {x.device}, weight on {weight.device}, bias on {bias.device}; move all to one device."
-        )
 
 
 class _LayerNorm(torch.autograd.Function):

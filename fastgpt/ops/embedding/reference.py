@@ -1,0 +1,31 @@
+"""Token and position embedding as the book writes it: the judge of the other backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.ops import philox
+
+NATIVE_AUTOGRAD = True
+
+
+def why_not(case: Any) -> str | None:
+    """It can always run."""
+    return None
+
+
+def apply(
+    ids: Tensor, weight: Tensor, position_weight: Tensor, dropout_p: float = 0.0, *, seed: int | None = None
+) -> Tensor:
+    """dropout(weight[ids] + position_weight[:n_tokens]).
+
+    Without a seed dropout draws from torch's generator, exactly as the book's nn.Dropout does; with one it takes the
+    mask that the kernels draw.
+    """
+    out = weight[ids] + position_weight[: ids.shape[1]]
+    if not dropout_p:
+        return out
+    return F.dropout(out, dropout_p) if seed is None else philox.drop_rows(out, dropout_p, seed)
