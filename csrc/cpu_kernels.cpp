@@ -25,6 +25,8 @@ const KernelTable kTable = {
     decoder_floats,
     decoder_step,
     decoder_pack,
+    screen_floats,
+    screen_rows,
     attention_forward_floats,
     attention_forward,
     attention_backward_floats,

@@ -18,6 +18,7 @@ PYBIND11_MODULE(_cpu, module) {
   fastgpt::bind_attention(module);
   fastgpt::bind_decode_attention(module);
   fastgpt::bind_decoder(module);
+  fastgpt::bind_fast_head(module);
   fastgpt::bind_gelu(module);
   fastgpt::bind_layer_norm(module);
 }

@@ -1,6 +1,7 @@
 // fastgpt._cpu.Decoder: bindings of kernels/cpu/decoder.h. It keeps the addresses of a model's weights, which its owner
 // keeps alive (fastgpt/generation/native_weights.py), and a workspace, so that a step allocates nothing.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include "bindings.h"
 #include "checks.h"
 #include "cpu_isa.h"
+#include "head_screen.h"
 
 namespace fastgpt {
 namespace {
@@ -127,6 +129,7 @@ class Decoder {
     const int64_t count = kMatricesPerLayer * model_.n_layers + 1;
     require(index >= 0 && index < count,
             "Decoder: there are " + std::to_string(count) + " matrices; got index " + std::to_string(index));
+    if (index + 1 == count) screen_.clear();
     DecoderMatrix& matrix =
         index + 1 == count ? model_.head : matrix_of(layers_[index / kMatricesPerLayer], index % kMatricesPerLayer);
     DecoderMatrix changed = matrix;
@@ -142,9 +145,18 @@ class Decoder {
     matrix = changed;
   }
 
+  // A copy of the float32 head from screen_rows, or 0 and 0 for none. Steps then multiply only what the copy leaves.
+  void set_screen(Address rows, Address stats) {
+    const std::unique_lock<std::mutex> lock = claim();
+    screen_.set(rows, stats, model_.head);
+  }
+
+  std::vector<int64_t> screen_counts() const { return screen_.counts(); }
+
   // One step, see DecoderStepArgs. entries: (3, count) int64: tokens, rows, positions. wanted: (n_wanted) int64.
+  // top_k: 0 for all logits; else those that are not among the top_k largest may be -inf.
   void step(Address cache, int64_t batch, int64_t capacity, Address entries, int64_t count, Address wanted,
-            int64_t n_wanted, Address logits, Address best, int num_threads) {
+            int64_t n_wanted, Address logits, Address best, int num_threads, int64_t top_k) {
     const std::unique_lock<std::mutex> lock = claim();
     check_complete();
     DecoderStepArgs args = cache_args(cache, batch, capacity, num_threads);
@@ -159,8 +171,9 @@ class Decoder {
     args.n_wanted = n_wanted;
     args.logits = logits == 0 ? nullptr : float_pointer(logits, n_wanted * model_.head.n_out, kWhat);
     args.best = static_cast<int64_t*>(best == 0 ? nullptr : pointer(best, n_wanted, sizeof(int64_t), kWhat));
+    require(top_k >= 0 && top_k <= kMostTop, "Decoder.step: top_k must be from 0 to " + std::to_string(kMostTop));
     pybind11::gil_scoped_release release;
-    run(args);
+    run(args, args.logits == nullptr ? 1 : top_k);
   }
 
   // The likeliest tokens, one row an entry, for up to `steps` steps, into out (steps, count). A row that gives eos_id
@@ -251,16 +264,20 @@ class Decoder {
     }
   }
 
-  void run(DecoderStepArgs& args) {
+  // top_k: how many of the largest logits are wanted; 0 for all.
+  void run(DecoderStepArgs& args, int64_t top_k) {
     args.tokens = entries_.tokens.data();
     args.rows = entries_.rows.data();
     args.positions = entries_.positions.data();
     args.count = static_cast<int64_t>(entries_.tokens.size());
     args.wanted = entries_.wanted.data();
     if (args.count == 0) return;
+    const bool fill = args.logits != nullptr;
     if (args.logits == nullptr) args.logits = room(logits_, logits_size_, args.n_wanted * model_.head.n_out);
     args.workspace = room(workspace_, workspace_size_, kernels().decoder_floats(model_, args.count, args.num_threads));
+    screen_.use(args, top_k, fill);
     kernels().decoder_step(args);
+    screen_.learn(args);
   }
 
   // A buffer of at least `size` numbers at the beginning of a cache line, kept from call to call.
@@ -285,7 +302,8 @@ class Decoder {
       entries_.wanted.resize(active);
       for (int64_t i = 0; i < active; ++i) entries_.wanted[i] = i;
       args.n_wanted = active;
-      run(args);
+      args.logits = nullptr;
+      run(args, 1);
       std::fill(out, out + count, eos_id);
       int64_t kept = 0;
       for (int64_t i = 0; i < active; ++i) {
@@ -310,11 +328,13 @@ class Decoder {
   Entries entries_;
   std::unique_ptr<float[]> workspace_, logits_;
   int64_t workspace_size_ = 0, logits_size_ = 0;
+  ScreenState screen_;
 };
 
 }  // namespace
 
 void bind_decoder(pybind11::module_& module) {
+  namespace py = pybind11;
 #if defined(__unix__) || defined(__APPLE__)
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
@@ -325,7 +345,11 @@ void bind_decoder(pybind11::module_& module) {
       .def("set_embeddings", &Decoder::set_embeddings)
       .def("set_norm", &Decoder::set_norm)
       .def("set_matrix", &Decoder::set_matrix)
-      .def("step", &Decoder::step)
+      .def("set_screen", &Decoder::set_screen)
+      .def("screen_counts", &Decoder::screen_counts)
+      .def("step", &Decoder::step, py::arg("cache"), py::arg("batch"), py::arg("capacity"), py::arg("entries"),
+           py::arg("count"), py::arg("wanted"), py::arg("n_wanted"), py::arg("logits"), py::arg("best"),
+           py::arg("num_threads"), py::arg("top_k") = 0)
       .def("greedy", &Decoder::greedy);
 }
 

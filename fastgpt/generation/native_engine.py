@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from fastgpt.generation.cache import Cache
 from fastgpt.generation.engine import CachedEngine
+from fastgpt.generation.fast_head import MOST_TOP, HeadCopy
 from fastgpt.generation.native_weights import NativeWeights, NotNative, Packs
 from fastgpt.generation.network import Network
+from fastgpt.generation.prompt_lookup import PromptLookup
 from fastgpt.generation.rows import Rows
+from fastgpt.generation.sampling import Sampling
 from fastgpt.ops import dispatch, extension
 
 logger = logging.getLogger("fastgpt")
@@ -23,6 +26,8 @@ MAX_ENTRIES = 64
 # So long may one call last in which Python does not look for Ctrl-C.
 _CALL_SECONDS = 0.05
 _MOST_STEPS = 64
+# Between two looks for a guess.
+_STEPS_BETWEEN_GUESSES = 2
 # Below so many weights a layer, a second thread costs more in barriers than it reads.
 _WEIGHTS_FOR_THREADS = 2**16
 
@@ -56,6 +61,7 @@ class NativeDecoder:
         *,
         logits: bool = True,
         best: bool = False,
+        top_k: int = 0,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Read entries: each a token at a position of a row, all of whose earlier positions were read before.
 
@@ -67,6 +73,7 @@ class NativeDecoder:
             wanted: (n_wanted,) int64, increasing: the entries behind which something is wanted; None for all.
             logits: give the logits.
             best: give the likeliest tokens, the first among equals.
+            top_k: how many of the largest logits are wanted: the others may be -inf; 0 for all of them.
 
         Returns:
             (n_wanted, n_logits) float32 or None, and (n_wanted,) int64 or None.
@@ -87,7 +94,7 @@ class NativeDecoder:
             self.cache.buffer.data_ptr(), self.batch, self.cache.capacity, entries.data_ptr(), count,
             wanted.data_ptr(), len(wanted),
             0 if got_logits is None else got_logits.data_ptr(), 0 if got_best is None else got_best.data_ptr(),
-            self.threads(),
+            self.threads(), top_k,
         )  # fmt: skip
         return got_logits, got_best
 
@@ -141,9 +148,31 @@ class NativeEngine(CachedEngine):
         self.weights = weights
         self._decoder: NativeDecoder | None = None
         self._seconds_a_step: float | None = None
+        self._head_copy: HeadCopy | None = None
+        self._kept_copy: object = None
+        self._lookup: PromptLookup | None = None
+        self._foreseen: list[int] = []
+        self._top_k = 0
+
+    def take_shortcuts(self, head_copy: HeadCopy, sampling: Sampling, n_tokens: int) -> None:
+        """Do less work for the same tokens, where that pays.
+
+        Args:
+            head_copy: keeps the copy of the head from call to call.
+            sampling: how the tokens will be chosen.
+            n_tokens: how many will be asked for at most.
+        """
+        top_k = 1 if sampling.greedy else int(sampling.top_k or 0)
+        weight = self.weights.screenable_head()
+        if weight is not None and 1 <= top_k <= MOST_TOP and head_copy.ready(weight, n_tokens):
+            self._head_copy, self._top_k = head_copy, top_k
+        self._lookup = PromptLookup() if sampling.greedy else None
 
     def _new_cache(self, batch: int) -> Cache:
         self._decoder = NativeDecoder(self.weights, batch, self.limit)
+        weight = self.weights.screenable_head()
+        if self._head_copy is not None and weight is not None:
+            self._kept_copy = self._head_copy.attach(self.weights.decoder, weight)
         return self._decoder.cache
 
     def _prefill(self, rows: Rows, sizes: Tensor) -> Tensor:
@@ -169,7 +198,7 @@ class NativeEngine(CachedEngine):
     def _decode(self, rows: Rows, sizes: Tensor, ended: Tensor, cache: Cache) -> Tensor:
         assert self._decoder is not None
         active = (~ended).nonzero().flatten()
-        logits, _ = self._decoder.step(rows.newest()[active], active, sizes[active] - 1)
+        logits, _ = self._decoder.step(rows.newest()[active], active, sizes[active] - 1, top_k=self._top_k)
         assert logits is not None
         if len(active) == len(ended):
             return logits
@@ -191,12 +220,21 @@ class NativeEngine(CachedEngine):
         """
         if not self.filled or self._decoder is None or self.starts is None:
             return None
+        if self._foreseen:
+            known, self._foreseen = self._foreseen[:at_most], self._foreseen[at_most:]
+            return torch.tensor([known])
         active = (~ended).nonzero().flatten()
         sizes = (rows.lengths - self.starts)[active]
         room = self.limit + 1 - int(sizes.max())
         steps = min(at_most, room, self._steps_a_call())
         if steps < 1 or not self._heads_fit():
             return None
+        if self._lookup is not None and len(ended) == 1:
+            guess = self._guess(self._lookup, rows, room - 1)
+            if guess:
+                self._foreseen = self._verify(self._lookup, int(rows.newest()), guess, int(sizes) - 1)
+                return self.greedy_tokens(rows, ended, at_most, eos_id)
+            steps = steps if self._lookup.resting else min(steps, _STEPS_BETWEEN_GUESSES)
         self._decoder.cache.reserve(int(sizes.max()) + steps - 1, self.spare)
         started = time.perf_counter()
         tokens = self._decoder.greedy(rows.newest()[active], active, sizes - 1, steps, eos_id)
@@ -206,6 +244,25 @@ class NativeEngine(CachedEngine):
         everyone = tokens.new_zeros(len(ended), tokens.shape[1])
         everyone[active] = tokens
         return everyone
+
+    def _guess(self, lookup: PromptLookup, rows: Rows, room: int) -> list[int]:
+        lookup.extend(rows.ids[0, len(lookup) : rows.longest].tolist())
+        # A guess needs a place in the cache, and there must be entries for it.
+        return lookup.guess(min(room, MAX_ENTRIES - 1))
+
+    def _verify(self, lookup: PromptLookup, newest: int, guess: list[int], position: int) -> list[int]:
+        """The tokens behind `newest`: those of the guess that the model takes too, and one more."""
+        assert self._decoder is not None
+        entries = torch.tensor([newest, *guess])
+        positions = torch.arange(position, position + len(entries))
+        self._decoder.cache.reserve(position + len(entries), self.spare)
+        started = time.perf_counter()
+        _, best = self._decoder.step(entries, torch.zeros_like(entries), positions, logits=False, best=True)
+        assert best is not None
+        taken = best.tolist()
+        good = next((i for i, token in enumerate(guess) if token != taken[i]), len(guess))
+        lookup.learn(len(guess), good, time.perf_counter() - started, self._seconds_a_step)
+        return taken[: good + 1]
 
     def _heads_fit(self) -> bool:
         """Every token that the head can give can be read."""

@@ -129,6 +129,11 @@ class NativeWeights:
                 self._fill()
                 packs.drop_unused()
 
+    def screenable_head(self) -> Tensor | None:
+        """The head's weight, when the screened head (fast_head) can stand for it: float32, without a bias."""
+        head = _linear(self.network.head, "the head")
+        return head.weight if self.packs is None and head.bias is None else None
+
     def _fill(self) -> None:
         network = self.network
         heads = network.n_heads * network.head_dim

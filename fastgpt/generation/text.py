@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastgpt.generation.engine import Engine, PlainEngine
 from fastgpt.generation.errors import OutOfRangeError
+from fastgpt.generation.fast_head import HeadCopy
 from fastgpt.generation.generator import Session, modules_of, verify
 from fastgpt.generation.native_engine import make_engine
 from fastgpt.generation.network import Network, NotRecognised, read_network
@@ -79,7 +80,7 @@ def generate(
     if len(prompts) == 0:
         return torch.cat([prompts, prompts.new_zeros(0, max_new_tokens)], dim=1)
     engine = _engine(model, prompts, max_new_tokens, context_size, eos_id is not None)
-    session = Session(engine, prompts, max_new_tokens, sampling, eos_id)
+    session = Session(engine, prompts, max_new_tokens, sampling, eos_id, head_copy=HeadCopy())
     session.ahead = True
     return torch.cat([prompts, *session], dim=1)
 

@@ -30,6 +30,7 @@
 #include "decoder_args.h"
 #include "decoder_rows.h"
 #include "decoder_tiles.h"
+#include "fast_head.h"
 #include "gelu.h"
 #include "small_gemm.h"
 #include "team.h"
@@ -214,6 +215,7 @@ struct DecoderThread {
 
   void head() const {
     const float* x = normalise(model.final_norm, a.wanted, a.n_wanted);
+    if (a.screen != nullptr && screened_head(a, x, team)) return;
     const DecoderMatrix& matrix = model.head;
     const int64_t begin = team.begin(matrix.n_out, kTileRows), end = team.end(matrix.n_out, kTileRows);
     multiply_part(a.logits, matrix, x, a.n_wanted);

@@ -39,6 +39,29 @@ struct DecoderModel {
   int64_t n_layers, emb_dim, n_heads, head_dim, hidden_dim;
 };
 
+// A copy of the head that tells which logits can be among the largest (fast_head.h).
+constexpr int64_t kScreenStats = 3;  // of a row: scale, norm of what the copy lost, norm of the row and the copy
+constexpr int64_t kScreenUnit = 64;  // rows of the copy are filled up with 0 to a multiple of this
+constexpr int64_t kMostTop = 128;
+constexpr int64_t kMostScreened = 8;  // outputs of one step; for more the products cost more than the bytes
+
+struct HeadScreen {
+  const int8_t* rows;  // (n_logits, n_in rounded up)
+  const float* stats;  // (n_logits, kScreenStats)
+  int64_t top_k;       // so many of the largest logits are wanted, and what ties with the last; 1 to kMostTop
+  bool fill;           // give logits: -inf for those that are not among the largest for sure
+  float* workspace;    // as many as screen_floats says
+  int64_t* outcome;    // (2): how many rows were left to multiply, and whether the copy is not that of the weights
+};
+
+struct ScreenRowsArgs {
+  int8_t* rows;
+  float* stats;
+  const float* weight;  // (n_out, n_in)
+  int64_t n_out, n_in;
+  int num_threads;
+};
+
 // One step: `count` entries, each a token at a position of a row of the cache. Entries of one row may follow each
 // other.
 struct DecoderStepArgs {
@@ -53,6 +76,7 @@ struct DecoderStepArgs {
   int64_t* best;     // (n_wanted): the first largest logit, NaN counting as the largest; or null
   float* workspace;  // as many as decoder_floats says
   int num_threads;
+  const HeadScreen* screen;  // or null: multiply the whole head
 };
 
 // A float32 matrix into the tiles of a format.

@@ -113,6 +113,8 @@ struct KernelTable {
   int64_t (*decoder_floats)(const DecoderModel&, int64_t count, int num_threads);
   void (*decoder_step)(const DecoderStepArgs&);
   void (*decoder_pack)(const DecoderPackArgs&);
+  int64_t (*screen_floats)(int64_t n_in, int64_t n_wanted, int64_t top_k, int num_threads);
+  void (*screen_rows)(const ScreenRowsArgs&);
   int64_t (*attention_forward_floats)(const AttentionSizes&, int num_threads);
   void (*attention_forward)(const AttentionForwardArgs&);
   int64_t (*attention_backward_floats)(const AttentionSizes&, int num_threads);
