@@ -14,6 +14,11 @@
 //   2, 4, 6 rows, far apart                          39 (28), 40 (31), 40 (31)
 //   4 rows, far apart, prefetch 256 to 1024 ahead    40 (30.5 to 27.5)
 //   the same in huge pages                           no difference
+// Several inputs, 1 thread, GFLOP/s with 4, 8, 16, 32 inputs (FMA peak 100), matrix in memory:
+//   all columns at once, sums in registers           37, 46, 62, 69
+//   64, 128, 192, 256 columns at a time              37 38 54 60, 38 46 63 67, 42 52 65 68, 36 45 59 66
+//   two rows with 4 to 6 inputs in one pass          32 with 4, 40 instead of 51 with 6: two streams are too few
+//   fetching the next rows ahead during the passes   31, 42, 57, 66
 #pragma once
 
 #include "decoder_args.h"
@@ -26,6 +31,8 @@ namespace FASTGPT_ISA {
 constexpr int kStreams = 4;
 // Inputs at a time: with kStreams rows they fill the registers.
 constexpr int kRowInputs = kLanes == 16 ? 6 : 3;
+// Of many inputs: columns at a time, whose rows lie in L1, and inputs whose sums do.
+constexpr int64_t kRowColumns = 192, kRowBatch = 64;
 
 // Where an output goes: y[m * ld + n], with the bias, onto what is there when `add` is true.
 struct Output {
@@ -41,21 +48,16 @@ struct Output {
   }
 };
 
-// R rows, `distance` numbers apart, times M inputs. ahead: how far the rows are fetched ahead, 0 for not at all.
+// acc += R rows, `distance` numbers apart, times M inputs.
 template <int R, int M>
 FASTGPT_INLINE void multiply_rows(VecF (&acc)[R][M], const float* w, int64_t distance, const float* x, int64_t ldx,
-                                  int64_t n_in, int64_t ahead) {
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) acc[r][m] = VecF{};
-  for_lanes(n_in, [&](int64_t k, int64_t lanes) {
+                                  int64_t columns) {
+  for_lanes(columns, [&](int64_t k, int64_t lanes) {
     VecF input[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) input[m] = load_lanes(x + m * ldx + k, lanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      if (ahead != 0) __builtin_prefetch(w + r * distance + k + ahead, 0, 2);
       const VecF weight = load_lanes(w + r * distance + k, lanes);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[r][m] += weight * input[m];
@@ -63,28 +65,63 @@ FASTGPT_INLINE void multiply_rows(VecF (&acc)[R][M], const float* w, int64_t dis
   });
 }
 
+// What R rows of the matrix are multiplied with, and where to.
+struct RowTask {
+  const Output& out;
+  const float *w, *x;
+  int64_t n, row_distance, n_in, ldx;
+};
+
+// Few inputs: the sums stay in registers.
 template <int R, int M>
-static void row_sums(const Output& out, int64_t m0, int64_t n, int64_t row_distance, const float* w, const float* x,
-                     int64_t ldx, int64_t n_in, int64_t ahead) {
-  VecF acc[R][M];
-  multiply_rows<R, M>(acc, w, row_distance * n_in, x, ldx, n_in, ahead);
+static void row_products(const RowTask& t) {
+  VecF acc[R][M] = {};
+  multiply_rows<R, M>(acc, t.w, t.row_distance * t.n_in, t.x, t.ldx, t.n_in);
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) Output::put(out, m0 + m, n + r * row_distance, reduce_add(acc[r][m]));
+    for (int m = 0; m < M; ++m) Output::put(t.out, m, t.n + r * t.row_distance, reduce_add(acc[r][m]));
 }
 
-// All inputs with R rows, which the first group of inputs brings into the cache for the others.
+// M of many inputs, from column k on: the sums, (count, R) vectors, wait in L1.
+template <int R, int M>
+static void add_row_products(float* place, const RowTask& t, int64_t m0, int64_t k, int64_t columns) {
+  VecF acc[R][M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[r][m] = load(place + (m * R + r) * kLanes);
+  multiply_rows<R, M>(acc, t.w + k, t.row_distance * t.n_in, t.x + m0 * t.ldx + k, t.ldx, columns);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) store(place + (m * R + r) * kLanes, acc[r][m]);
+}
+
+// All inputs with R rows. Of many inputs, each group of columns of the rows is multiplied with all while it is in L1.
 template <int R>
-static void rows_with_all(const Output& out, int64_t n, int64_t row_distance, const float* w, const float* x,
-                          int64_t ldx, int64_t count, int64_t n_in) {
-  int64_t m = 0;
-  // While the later groups compute, the next rows come: each stream goes on where it is.
-  const int64_t next = count > kRowInputs ? n_in : 0;
-  for (; m + kRowInputs <= count; m += kRowInputs)
-    row_sums<R, kRowInputs>(out, m, n, row_distance, w, x + m * ldx, ldx, n_in, m == 0 ? 0 : next);
-  for (; m + 2 <= count; m += 2) row_sums<R, 2>(out, m, n, row_distance, w, x + m * ldx, ldx, n_in, next);
-  for (; m < count; ++m) row_sums<R, 1>(out, m, n, row_distance, w, x + m * ldx, ldx, n_in, next);
+static void rows_with_all(const RowTask& t, int64_t m0, int64_t count) {
+  alignas(64) float sums[R * kRowBatch * kLanes];
+  memset(sums, 0, count * R * kLanes * sizeof(float));
+  for (int64_t k = 0; k < t.n_in; k += kRowColumns) {
+    const int64_t columns = min(kRowColumns, t.n_in - k);
+    int64_t m = 0;
+    for (; m + kRowInputs <= count; m += kRowInputs)
+      add_row_products<R, kRowInputs>(sums + m * R * kLanes, t, m0 + m, k, columns);
+    for (; m + 2 <= count; m += 2) add_row_products<R, 2>(sums + m * R * kLanes, t, m0 + m, k, columns);
+    if (m < count) add_row_products<R, 1>(sums + m * R * kLanes, t, m0 + m, k, columns);
+  }
+  for (int64_t m = 0; m < count; ++m)
+    for (int r = 0; r < R; ++r)
+      Output::put(t.out, m0 + m, t.n + r * t.row_distance, reduce_add(load(sums + (m * R + r) * kLanes)));
+}
+
+template <int R>
+static void multiply_row_group(const RowTask& t, int64_t count) {
+  if (count == 1) return row_products<R, 1>(t);
+  if (count == 2) return row_products<R, 2>(t);
+  if (count == 3) return row_products<R, 3>(t);
+  for (int64_t m = 0; m < count; m += kRowBatch) rows_with_all<R>(t, m, min(kRowBatch, count - m));
 }
 
 // Rows begin .. end of the matrix with `count` inputs, (count, n_in), ldx apart.
@@ -93,9 +130,9 @@ static void multiply_float_rows(const Output& out, const DecoderMatrix& matrix, 
   const float* w = static_cast<const float*>(matrix.data);
   const int64_t n_in = matrix.n_in, part = (end - begin) / kStreams;
   for (int64_t n = begin; n < begin + part; ++n)
-    rows_with_all<kStreams>(out, n, part, w + n * n_in, x, ldx, count, n_in);
+    multiply_row_group<kStreams>({out, w + n * n_in, x, n, part, n_in, ldx}, count);
   for (int64_t n = begin + kStreams * part; n < end; ++n)
-    rows_with_all<1>(out, n, 0, w + n * n_in, x, ldx, count, n_in);
+    multiply_row_group<1>({out, w + n * n_in, x, n, 0, n_in, ldx}, count);
 }
 
 }  // namespace FASTGPT_ISA

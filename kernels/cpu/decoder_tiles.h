@@ -124,11 +124,16 @@ struct Bf16Tile {
     FASTGPT_FOR(r, R) FASTGPT_FOR(m, M) FASTGPT_FOR(v, kTileVectors) acc[r][m][v] = load(TilePlaces::sum(p, r, m, v));
     const float* numbers = x.numbers + line * kScaleGroup;
     for (int64_t k = 0; k < kScaleGroup; k += 2) {
-      FASTGPT_FOR(r, R) FASTGPT_FOR(v, kTileVectors) {
-        const VecU pair = (VecU)load_bytes(p.weights + r * p.weight_distance + k * kTileRows * 2 + v * kLanes * 4);
-        const VecF even = float_of(pair << 16), odd = float_of(pair & 0xffff0000u);
-        FASTGPT_FOR(m, M) acc[r][m][v] += even * splat(numbers[m * kScaleGroup + k]);
-        FASTGPT_FOR(m, M) acc[r][m][v] += odd * splat(numbers[m * kScaleGroup + k + 1]);
+      FASTGPT_FOR(half, 2) {
+        VecF w[R][kTileVectors];
+        FASTGPT_FOR(r, R) FASTGPT_FOR(v, kTileVectors) {
+          const VecU pair = (VecU)load_bytes(p.weights + r * p.weight_distance + k * kTileRows * 2 + v * kLanes * 4);
+          w[r][v] = float_of(half == 0 ? pair << 16 : pair & 0xffff0000u);
+        }
+        FASTGPT_FOR(m, M) {
+          const VecF input = splat(numbers[m * kScaleGroup + k + half]);
+          FASTGPT_FOR(r, R) FASTGPT_FOR(v, kTileVectors) acc[r][m][v] += w[r][v] * input;
+        }
       }
     }
     FASTGPT_FOR(r, R) FASTGPT_FOR(m, M) FASTGPT_FOR(v, kTileVectors) store(TilePlaces::sum(p, r, m, v), acc[r][m][v]);
@@ -146,14 +151,15 @@ struct IntegerTile {
     const int8_t* bytes = x.bytes + line * kScaleGroup;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < kScaleGroup; k += kInputsPerLine) {
-      FASTGPT_FOR(r, R) FASTGPT_FOR(v, kTileVectors) {
-        const VecB w = load_bytes(p.weights + r * p.weight_distance + k / kInputsPerLine * 64 + v * kLanes * 4);
-        if constexpr (kHalves) {
-          const VecB low = w & 0x0f, high = (VecB)((VecU)w >> 4) & 0x0f;
-          FASTGPT_FOR(m, M) integers[r][m][v].add(low, splat_bytes(bytes + m * kScaleGroup + k));
-          FASTGPT_FOR(m, M) integers[r][m][v].add(high, splat_bytes(bytes + m * kScaleGroup + k + 4));
-        } else {
-          FASTGPT_FOR(m, M) integers[r][m][v].add(w, splat_bytes(bytes + m * kScaleGroup + k));
+      FASTGPT_FOR(half, kInputsPerLine / 4) {
+        VecB w[R][kTileVectors];
+        FASTGPT_FOR(r, R) FASTGPT_FOR(v, kTileVectors) {
+          w[r][v] = load_bytes(p.weights + r * p.weight_distance + k / kInputsPerLine * 64 + v * kLanes * 4);
+          if constexpr (kHalves) w[r][v] = (half == 0 ? w[r][v] : (VecB)((VecU)w[r][v] >> 4)) & 0x0f;
+        }
+        FASTGPT_FOR(m, M) {
+          const VecB input = splat_bytes(bytes + m * kScaleGroup + k + 4 * half);
+          FASTGPT_FOR(r, R) FASTGPT_FOR(v, kTileVectors) integers[r][m][v].add(w[r][v], input);
         }
       }
     }
