@@ -36,11 +36,6 @@ AttentionSizes check_attention_sizes(const std::array<int64_t, 5>& sizes, int nu
   return s;
 }
 
-int32_t check_threshold(int32_t threshold, const char* what) {
-  require(threshold >= 0 && threshold <= 65536, std::string(what) + ": dropout_threshold must be from 0 to 65536");
-  return threshold;
-}
-
 struct AlignedDelete {
   void operator()(float* p) const { operator delete[](p, std::align_val_t{64}); }
 };

@@ -52,6 +52,11 @@ inline float* float_pointer(Address address, int64_t count, const char* what) {
   return static_cast<float*>(pointer(address, count, sizeof(float), what));
 }
 
+inline int32_t check_threshold(int32_t threshold, const char* what) {
+  require(threshold >= 0 && threshold <= 65536, std::string(what) + ": dropout_threshold must be from 0 to 65536");
+  return threshold;
+}
+
 inline int check_threads(int num_threads) {
   require(num_threads >= 1 && num_threads <= 4096, "num_threads must be from 1 to 4096");
   return num_threads;

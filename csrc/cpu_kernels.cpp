@@ -1,8 +1,11 @@
 // The CPU kernels for one instruction set. setup.py compiles this file once for each, with FASTGPT_ISA set to its name.
 #include "../kernels/cpu/attention.h"
+#include "../kernels/cpu/cross_entropy.h"
 #include "../kernels/cpu/decode_attention.h"
 #include "../kernels/cpu/decoder.h"
 #include "../kernels/cpu/decoder_pack.h"
+#include "../kernels/cpu/dropout_add_layer_norm.h"
+#include "../kernels/cpu/embedding.h"
 #include "../kernels/cpu/gelu.h"
 #include "../kernels/cpu/layer_norm.h"
 #include "../kernels/cpu/table.h"
@@ -19,8 +22,15 @@ const KernelTable kTable = {
     FASTGPT_TEXT(FASTGPT_ISA),
     layer_norm_forward,
     layer_norm_backward,
+    dropout_row_floats,
+    dropout_add_layer_norm_forward,
+    dropout_add_layer_norm_backward,
     gelu_forward,
     gelu_backward,
+    embedding_floats,
+    embedding_forward,
+    embedding_backward,
+    cross_entropy,
     decode_attention,
     decoder_floats,
     decoder_step,

@@ -16,8 +16,11 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("openmp") = false;
 #endif
   fastgpt::bind_attention(module);
+  fastgpt::bind_cross_entropy(module);
   fastgpt::bind_decode_attention(module);
   fastgpt::bind_decoder(module);
+  fastgpt::bind_dropout_add_layer_norm(module);
+  fastgpt::bind_embedding(module);
   fastgpt::bind_fast_head(module);
   fastgpt::bind_gelu(module);
   fastgpt::bind_layer_norm(module);

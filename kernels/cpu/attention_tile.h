@@ -13,7 +13,6 @@ namespace FASTGPT_ISA {
 // A tile: kBlockM queries, a multiple of kNr vectors where that fits, and kBlockN keys, a multiple of Philox's 64.
 constexpr int64_t kBlockM = kLanes == 16 ? 64 : kLanes == 8 ? 48 : 32;
 constexpr int64_t kBlockN = 64;
-constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.693147180559945309;
 
 static_assert(kBlockM % kLanes == 0 && kLanes % kMr == 0 && kBlockN % 64 == 0 && kBlockN % kMr == 0, "tails");

@@ -6,8 +6,8 @@
 //            else the high ones
 //   kept     when this 16-bit number >= threshold, threshold = round(p * 65536)
 //
-// fastgpt/ops/philox.py draws the same bits. The lanes of a vector are kLanes queries i of one key j, so that one draw
-// serves 8 keys of every lane at any vector width.
+// fastgpt/ops/philox.py draws the same bits. In attention the lanes of a vector are kLanes queries i of one key j, so
+// that one draw serves 8 keys of every lane at any vector width; in a tensor of rows they are columns of one row.
 // Paper: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
 #pragma once
 
@@ -70,6 +70,44 @@ FASTGPT_INLINE void for_keys(const Dropout& dropout, VecU queries, int64_t first
     }
   }
 }
+
+// Dropout of a tensor of rows (the residual stream, the embeddings): c1 and c2 are the row's number. kDropColumns
+// columns at a time, for which the lanes of a draw are consecutive c0.
+constexpr int64_t kDropColumns = kLanes > 8 ? 8 * kLanes : 64;
+
+// What the columns of a row are multiplied by: 0, or the scale of what is kept.
+struct RowDropout {
+  Dropout dropout;
+  float scale;
+
+  RowDropout(uint64_t seed, int32_t threshold)
+      : dropout(seed, 0, threshold), scale(threshold < 65536 ? 65536.0f / (65536 - threshold) : 0.0f) {}
+
+  // How many floats `factors` must hold for a row of n.
+  static int64_t padded(int64_t n) { return (n + kDropColumns - 1) / kDropColumns * kDropColumns; }
+
+  void factors(float* factors, int64_t row, int64_t n) const {
+    const VecU c1 = VecU{} + static_cast<uint32_t>(row), c2 = VecU{} + static_cast<uint32_t>(row >> 32);
+    for (int64_t first = 0; first < n; first += kDropColumns) {
+      // Fewer than 8 lanes need several draws for 8 neighbours, more of them serve several groups of 64 columns.
+      for (int64_t part = 0; part < 8; part += kLanes) {
+        VecU words[4] = {(VecU)lane_numbers() + static_cast<uint32_t>(first / 8 + part), c1, c2, VecU{}};
+        philox(words, dropout.keys);
+#pragma GCC unroll 8
+        for (int slot = 0; slot < 8; ++slot) {
+          const VecU word = words[slot / 2];
+          const VecI number = (VecI)(slot % 2 ? word >> 16 : word & 0xffff);
+          const VecF factor = number >= dropout.threshold ? splat(scale) : VecF{};
+          constexpr int64_t run = kLanes < 8 ? kLanes : 8;
+          float lanes[kLanes];
+          store(lanes, factor);
+          for (int64_t lane = 0; lane < kLanes; lane += run)
+            memcpy(factors + first + 8 * lane + 8 * slot + part, lanes + lane, sizeof(float) * run);
+        }
+      }
+    }
+  }
+};
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

@@ -201,6 +201,8 @@ FASTGPT_INLINE float sum_lanes(int64_t n, Term term) {
 
 // ---- exp ----
 
+constexpr float kLog2E = 1.44269504f;
+
 // e^x within 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r, and n added to the exponent.
 // 0 below -87.33 (also for -inf; denormal results are flushed), 2.4e38 above 88.37, NaN stays NaN.
 FASTGPT_INLINE VecF exp(VecF x) {

@@ -37,18 +37,84 @@ struct LayerNormBackwardArgs {
   int num_threads;
 };
 
+struct DropoutAddLayerNormForwardArgs {
+  void *total, *normed;       // (rows, n), contiguous
+  float *mean, *rstd;         // (rows)
+  const void *x, *residual;   // (rows, n), rows x_stride and residual_stride apart
+  const void *weight, *bias;  // (n)
+  float* factors;             // (num_threads, dropout_row_floats)
+  int64_t rows, n, x_stride, residual_stride;
+  float eps;
+  uint64_t seed;
+  int32_t dropout_threshold;  // round(dropout_p * 65536); 0 is no dropout
+  DType dtype, weight_dtype;
+  int num_threads;
+};
+
+struct DropoutAddLayerNormBackwardArgs {
+  void *dx, *dresidual;          // (rows, n), contiguous; without dropout dx is not written
+  void *dweight, *dbias;         // (n)
+  const void *dtotal, *dnormed;  // (rows, n), rows dtotal_stride and dnormed_stride apart; dtotal may be null
+  const void *total, *weight;    // (rows, n), contiguous; (n)
+  const float *mean, *rstd;      // (rows)
+  float *partial, *factors;      // (num_threads, 4, n); (num_threads, dropout_row_floats)
+  int64_t rows, n, dtotal_stride, dnormed_stride;
+  uint64_t seed;
+  int32_t dropout_threshold;
+  DType dtype, weight_dtype;
+  int num_threads;
+};
+
 struct GeluForwardArgs {
-  void* out;
-  const void* x;
-  int64_t n;
-  DType dtype;
+  void* out;         // (rows, n), contiguous
+  const void* x;     // (rows, n), contiguous
+  const void* bias;  // (n), or null
+  int64_t rows, n;
+  DType dtype, bias_dtype;
   int num_threads;
 };
 
 struct GeluBackwardArgs {
-  void* dx;
-  const void *dout, *x;
-  int64_t n;
+  void *dx, *dbias;      // (rows, n), contiguous; (n), or null
+  const void *dout, *x;  // (rows, n), contiguous
+  const void* bias;      // (n), or null
+  float* partial;        // (num_threads, 2, n) with a bias
+  int64_t rows, n;
+  DType dtype, bias_dtype;
+  int num_threads;
+};
+
+struct EmbeddingForwardArgs {
+  void* out;                      // (batch, n_tokens, n), contiguous
+  const int64_t* ids;             // (batch, n_tokens), from 0 to the vocabulary's size - 1
+  const void *weight, *position;  // (vocab_size, n), (context_length, n), contiguous
+  float* workspace;               // (num_threads, embedding_floats)
+  int64_t batch, n_tokens, n;
+  uint64_t seed;
+  int32_t dropout_threshold;
+  DType dtype;
+  int num_threads;
+};
+
+struct EmbeddingBackwardArgs {
+  void *dweight, *dposition;    // (vocab_size, n), (context_length, n), contiguous
+  const void* dout;             // (batch, n_tokens, n), contiguous
+  const int64_t *first, *next;  // (vocab_size), (batch * n_tokens): the rows of each id in rising order, -1 ends
+  float* workspace;             // (num_threads, embedding_floats)
+  int64_t batch, n_tokens, n, vocab_size, context_length;
+  uint64_t seed;
+  int32_t dropout_threshold;
+  DType dtype;
+  int num_threads;
+};
+
+struct CrossEntropyArgs {
+  float* losses;           // (rows)
+  void* logits;            // (rows, vocab_size), contiguous; holds the gradients afterwards, if `gradient`
+  const int64_t* targets;  // (rows), from 0 to vocab_size - 1, or ignore_index
+  int64_t rows, vocab_size, ignore_index;
+  float scale;  // of the gradients
+  bool gradient;
   DType dtype;
   int num_threads;
 };
@@ -107,8 +173,15 @@ struct KernelTable {
   const char* isa;
   void (*layer_norm_forward)(const LayerNormForwardArgs&);
   void (*layer_norm_backward)(const LayerNormBackwardArgs&);
+  int64_t (*dropout_row_floats)(int64_t n);
+  void (*dropout_add_layer_norm_forward)(const DropoutAddLayerNormForwardArgs&);
+  void (*dropout_add_layer_norm_backward)(const DropoutAddLayerNormBackwardArgs&);
   void (*gelu_forward)(const GeluForwardArgs&);
   void (*gelu_backward)(const GeluBackwardArgs&);
+  int64_t (*embedding_floats)(int64_t n);
+  void (*embedding_forward)(const EmbeddingForwardArgs&);
+  void (*embedding_backward)(const EmbeddingBackwardArgs&);
+  void (*cross_entropy)(const CrossEntropyArgs&);
   void (*decode_attention)(const DecodeAttentionArgs&);
   int64_t (*decoder_floats)(const DecoderModel&, int64_t count, int num_threads);
   void (*decoder_step)(const DecoderStepArgs&);

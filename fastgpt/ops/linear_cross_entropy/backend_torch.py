@@ -45,8 +45,10 @@ def _forward(
     labels = torch.where(valid, targets, 0)
     factor = torch.where(valid, 1 / count.to(wide), 0)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_dx else None
-    dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device) if needs_dweight else None
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dweight else None
     total = torch.zeros((), dtype=wide, device=x.device)
+    if dweight is not None and len(x) == 0:
+        dweight.zero_()
     size = chunk_rows(x.shape[0], head.shape[0], x.device.type)
     for begin in range(0, x.shape[0], size):
         rows = slice(begin, begin + size)
@@ -65,13 +67,15 @@ def _forward(
         if dx is not None:
             torch.mm(dlogits, head, out=dx[rows])
         if dweight is not None:
-            _add_product(dweight, dlogits.t(), x[rows])
+            add_product(dweight, dlogits.t(), x[rows], first=begin == 0)
     return (total / count).to(x.dtype), dx, dweight
 
 
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a b; where `into` is wider than the factors, their product is added up in its dtype."""
-    if into.dtype == a.dtype:
-        torch.addmm(into, a, b, out=into)
+def add_product(into: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """into += a b, or into = a b. Where `into` is wider than the factors, the products are added up in its dtype."""
+    if into.dtype != a.dtype:
+        torch.add(torch.zeros((), dtype=into.dtype, device=a.device) if first else into, a @ b, out=into)
+    elif first:
+        torch.mm(a, b, out=into)
     else:
-        into += a @ b
+        torch.addmm(into, a, b, out=into)

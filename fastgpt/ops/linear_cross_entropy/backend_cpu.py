@@ -1,0 +1,68 @@
+"""The output head and the loss on the CPU: products by PyTorch, what is between them by kernels/cpu/cross_entropy.h.
+
+Beyond the results only the logits of one chunk of rows exist, in one buffer: the products write into it and read from
+it, and the kernel writes the gradient of the logits over them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops import cpu_support
+from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
+from fastgpt.ops.layer_norm.layout import as_rows
+from fastgpt.ops.linear_cross_entropy.backend_torch import add_product
+
+if TYPE_CHECKING:
+    from fastgpt.ops.linear_cross_entropy import Case
+
+# Rows whose logits exist at a time.
+CHUNK_ROWS = 256
+
+
+def why_not(case: Case) -> str | None:
+    """float32 and bfloat16 on the CPU, weights of that dtype or float32."""
+    return cpu_support.why_not(case.device, case.dtype, case.weight_dtype)
+
+
+def forward(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns the mean loss, dx (like x, contiguous) and dweight (like weight), or None for what is not needed."""
+    # Inside an autocast region the products would come back in another dtype than the buffers have.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, targets, head = as_rows(x), targets.contiguous(), weight.to(x.dtype)
+        dx = torch.empty(x.shape, dtype=x.dtype) if needs_dx else None
+        dweight = torch.empty(weight.shape, dtype=weight.dtype) if needs_dweight else None
+        count = int((targets != ignore_index).sum())
+        losses = torch.empty(len(targets), dtype=torch.float32)
+        if count == 0:
+            # Every gradient is zero, and 0 / 0 the mean.
+            for gradient in (dx, dweight):
+                if gradient is not None:
+                    gradient.zero_()
+            return x.new_full((), torch.nan), dx, dweight
+        buffer = torch.empty(min(CHUNK_ROWS, len(x)), head.shape[0], dtype=x.dtype)
+        for begin in range(0, len(x), CHUNK_ROWS):
+            rows = slice(begin, begin + CHUNK_ROWS)
+            logits = buffer[: len(x[rows])]
+            torch.mm(x[rows], head.t(), out=logits)
+            _cross_entropy(losses[rows], logits, targets[rows], ignore_index, 1 / count, needs_dx or needs_dweight)
+            if dx is not None:
+                torch.mm(logits, head, out=dx[rows])
+            if dweight is not None:
+                add_product(dweight, logits.t(), x[rows], first=begin == 0)
+        return (losses.double().sum() / count).to(x.dtype), dx, dweight
+
+
+def _cross_entropy(
+    losses: Tensor, logits: Tensor, targets: Tensor, ignore_index: int, scale: float, gradient: bool
+) -> None:
+    """Fill losses, and write scale · (softmax - onehot) over the logits."""
+    load("cpu").cross_entropy(
+        losses.data_ptr(), logits.data_ptr(), targets.data_ptr(), *logits.shape, ignore_index, scale, gradient,
+        DTYPE_CODES[logits.dtype], num_threads(),
+    )  # fmt: skip
