@@ -13,6 +13,7 @@ void bind_dropout_add_layer_norm(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
 void bind_fast_head(pybind11::module_& module);
 void bind_gelu(pybind11::module_& module);
+void bind_gemm(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 
 }  // namespace fastgpt

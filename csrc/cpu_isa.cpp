@@ -66,6 +66,15 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+std::string cpu_vendor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
 void select_isa(const std::string& name) {
   std::string known;
   for (const Isa& isa : all()) {

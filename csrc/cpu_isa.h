@@ -14,6 +14,9 @@ const KernelTable& kernels();
 // Names of the instruction sets that were compiled and that this processor has, best first.
 std::vector<std::string> available_isas();
 
+// "amd", "intel" or "other": what other libraries do with a processor depends on its maker.
+std::string cpu_vendor();
+
 // Throws std::invalid_argument when the processor or the build lacks it.
 void select_isa(const std::string& name);
 

@@ -7,6 +7,7 @@
 #include "../kernels/cpu/dropout_add_layer_norm.h"
 #include "../kernels/cpu/embedding.h"
 #include "../kernels/cpu/gelu.h"
+#include "../kernels/cpu/gemm.h"
 #include "../kernels/cpu/layer_norm.h"
 #include "../kernels/cpu/table.h"
 
@@ -41,6 +42,8 @@ const KernelTable kTable = {
     attention_forward,
     attention_backward_floats,
     attention_backward,
+    gemm_floats,
+    gemm,
 };
 
 }  // namespace FASTGPT_ISA

@@ -9,6 +9,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of fastgpt. Use fastgpt.ops: it checks shapes, dtypes and lifetimes.";
   module.def("isa", [] { return std::string(fastgpt::kernels().isa); }, "The instruction set in use.");
   module.def("available_isas", &fastgpt::available_isas, "Instruction sets of this processor and build, best first.");
+  module.def("cpu_vendor", &fastgpt::cpu_vendor, "The maker of this processor: amd, intel or other.");
   module.def("select_isa", &fastgpt::select_isa, "Use this instruction set from now on.");
 #ifdef _OPENMP
   module.attr("openmp") = true;
@@ -23,5 +24,6 @@ PYBIND11_MODULE(_cpu, module) {
   fastgpt::bind_embedding(module);
   fastgpt::bind_fast_head(module);
   fastgpt::bind_gelu(module);
+  fastgpt::bind_gemm(module);
   fastgpt::bind_layer_norm(module);
 }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastgpt import ops
+from fastgpt.ops import extension
+from fastgpt.ops.linear.products import matmul_into
 from fastgpt.testing import GRADIENT_FACTOR, assert_within_bound
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +42,7 @@ def check(x, weights, biases, backend):
         assert_within_bound(got, naive[index], truth[index], factor=GRADIENT_FACTOR if index else 2.0)
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", [(7,), (16, 16, 16), (3, 40, 1)], ids=str)
 @pytest.mark.parametrize("shape", [(5,), (1, 8), (2, 3, 17), (33, 20)], ids=str)
@@ -122,3 +127,102 @@ def test_what_does_not_fit_is_refused(weights, biases, words):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match="must be floating point"):
         ops.linear(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64))
+
+
+# The products by themselves: sizes around the tiles and the blocks of kernels/cpu/gemm.h, operands of any layout.
+
+SIZES = [(1, 1, 1), (7, 17, 3), (6, 16, 8), (14, 32, 16), (33, 257, 777), (97, 8, 1537), (128, 1600, 401), (3, 5, 0)]
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+def isa(request):
+    """Every instruction set that this processor has, in turn."""
+    if extension.why_not("cpu") is not None:
+        pytest.skip(extension.why_not("cpu"))
+    module = extension.load("cpu")
+    before = module.isa()
+    if request.param not in module.available_isas():
+        pytest.skip(f"this processor and build have no {request.param}")
+    module.select_isa(request.param)
+    yield request.param
+    module.select_isa(before)
+
+
+def matrix(rows, columns, layout, dtype):
+    """A matrix of one layout: by rows, by columns, or every second row and third column of a larger one."""
+    if layout == "columns":
+        return torch.randn(columns, rows).to(dtype).t()
+    return (
+        torch.randn(rows * 2, columns * 3).to(dtype)[::2, ::3]
+        if layout == "strided"
+        else torch.randn(rows, columns).to(dtype)
+    )
+
+
+def check_product(m, n, k, layouts, dtype=torch.float32, out_dtype=torch.float32):
+    a, b = (matrix(*shape, layout, dtype) for shape, layout in zip(((m, k), (k, n)), layouts, strict=True))
+    bias, sums = torch.randn(n), torch.full((m,), torch.nan)
+    whole = torch.full((m, n + 9), torch.nan, dtype=out_dtype)
+    out = whole[:, 4 : 4 + n]
+    matmul_into(out, a, b, bias=bias, row_sums=sums, by="own")
+    truth, naive = a.double() @ b.double() + bias, (a.float() @ b.float() + bias).to(out_dtype)
+    assert_within_bound(out, naive, truth)
+    assert_within_bound(sums, a.float().sum(1), a.double().sum(1))
+    assert whole[:, :4].isnan().all() and whole[:, 4 + n :].isnan().all(), "columns beside the result were written"
+    before = out.clone()
+    matmul_into(out, a, b, accumulate=True, by="own")
+    plain = (before.float() + a.float() @ b.float()).to(out_dtype)
+    assert_within_bound(out, plain, before.double() + a.double() @ b.double())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("layouts", [*itertools.product(("rows", "columns", "strided"), repeat=2)], ids="-".join)
+def test_products_of_any_layout_are_within_the_bound(isa, size, layouts):
+    torch.manual_seed(0)
+    check_product(*size, layouts)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(7, 17, 3), (33, 257, 777), (2100, 40, 800)], ids=str)
+def test_bfloat16_products_are_summed_in_float32(isa, size, out_dtype):
+    torch.manual_seed(0)
+    for layouts in (("rows", "columns"), ("columns", "rows")):
+        check_product(*size, layouts, torch.bfloat16, out_dtype)
+
+
+def test_two_threads_give_the_same_bits(isa):
+    a, b = torch.randn(301, 900), torch.randn(900, 1700)
+    outs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outs.append(matmul_into(torch.empty(301, 1700), a, b, by="own"))
+        outs.append(matmul_into(torch.empty(20, 1700), a[:20], b, by="own"))
+    torch.set_num_threads(1)
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[0], outs[4])
+    assert torch.equal(outs[1], outs[3]) and torch.equal(outs[1], outs[5])
+
+
+def test_nan_and_infinity_stay_in_their_row(isa):
+    a, b = torch.randn(20, 30), torch.randn(30, 40)
+    a[3, 5], a[7, 2] = torch.nan, torch.inf
+    got = matmul_into(torch.empty(20, 40), a, b, by="own")
+    assert got[3].isnan().all() and got[7].isinf().all() and got[[0, 1, 2, 4, 5, 6, *range(8, 20)]].isfinite().all()
+
+
+@pytest.mark.parametrize("by", ["own", "torch", "onednn"])
+def test_every_engine_gives_the_three_products_of_a_layer(by):
+    x, weight, dout, bias = torch.randn(64, 48), torch.randn(80, 48), torch.randn(64, 80), torch.randn(80)
+    sums = torch.empty(80)
+    if by == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(matmul_into(torch.empty(64, 80), x, weight.t(), bias=bias, by=by), F.linear(x, weight, bias))
+    close(matmul_into(torch.empty(64, 48), dout, weight, by=by), dout @ weight)
+    close(matmul_into(torch.ones(80, 48), dout.t(), x, row_sums=sums, accumulate=True, by=by), 1 + dout.t() @ x)
+    close(sums, dout.sum(0))
+
+
+def test_overlapping_rows_of_the_result_are_refused():
+    extension.load("cpu")
+    with pytest.raises(ValueError, match="must not overlap"):
+        matmul_into(torch.empty(1, 4).expand(3, 4), torch.ones(3, 2), torch.ones(2, 4), by="own")

@@ -169,6 +169,25 @@ struct DecodeAttentionArgs {
   int num_threads;
 };
 
+// A matrix whose element (i, j) lies at data + i * row_stride + j * column_stride.
+struct MatrixRef {
+  const void* data;
+  int64_t row_stride, column_stride;
+  DType dtype;
+};
+
+struct GemmArgs {
+  void* c;            // (m, n), rows c_stride apart
+  float* row_sums;    // (m): the sums of the rows of a; or null
+  MatrixRef a, b;     // (m, k), (k, n)
+  const float* bias;  // (n), added to every row; or null
+  int64_t m, n, k, c_stride;
+  bool accumulate;  // add to what c holds
+  DType c_dtype;
+  int num_threads;
+  float* workspace;  // as many as gemm_floats says, aligned to 64 bytes
+};
+
 struct KernelTable {
   const char* isa;
   void (*layer_norm_forward)(const LayerNormForwardArgs&);
@@ -192,6 +211,8 @@ struct KernelTable {
   void (*attention_forward)(const AttentionForwardArgs&);
   int64_t (*attention_backward_floats)(const AttentionSizes&, int num_threads);
   void (*attention_backward)(const AttentionBackwardArgs&);
+  int64_t (*gemm_floats)(const GemmArgs&);
+  void (*gemm)(const GemmArgs&);
 };
 
 }  // namespace fastgpt

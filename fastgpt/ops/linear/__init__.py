@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgpt.ops import dispatch, registration
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("cpu", "torch", "reference")
 
 
 class Case(NamedTuple):

@@ -1,0 +1,114 @@
+"""Products of matrices on the CPU, each by the engine that was measured to be the fastest on such a processor.
+
+own      kernels/cpu/gemm.h: bias, sums of rows and accumulation in the same pass, any strides
+torch    torch.mm: MKL on x86-64, which takes its AVX2 path on AMD whatever the processor has
+onednn   oneDNN by the op that torch.compile uses, without torch's global switch (set_float32_matmul_precision)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
+
+
+class Engines(NamedTuple):
+    """Who computes large products: of float32, and of operands of which one is bfloat16 at least."""
+
+    float32: str
+    bfloat16: str
+
+
+# (instruction set in use, maker of the processor). Without a row: torch.
+ENGINES = {
+    # Zen 3, two cores.
+    ("avx2", "amd"): Engines("own", "own"),
+    # Zen 5, two cores, 1024 x 768 x 3072, GFLOP/s: MKL 190, oneDNN 418, in bfloat16 916 of a peak of 1001. The own
+    # kernel has not run there.
+    ("avx512", "amd"): Engines("onednn", "torch"),
+    ("avx512_bf16", "amd"): Engines("onednn", "torch"),
+    # MKL is at home here. No processor without bfloat16 instructions has a fast bfloat16 product in torch.
+    ("avx2", "intel"): Engines("torch", "own"),
+}
+DEFAULT = Engines("torch", "torch")
+
+# Below these a product is over before its operands are packed.
+LEAST_ROWS = 16
+LEAST_WORK = 2**18
+
+
+@functools.cache
+def _engines(isa: str) -> Engines:
+    return ENGINES.get((isa, load("cpu").cpu_vendor()), DEFAULT)
+
+
+def engine(m: int, n: int, k: int, *dtypes: torch.dtype) -> str:
+    """Who computes a product (m, k) by (k, n) of these dtypes here: "own", "torch" or "onednn"."""
+    if any(dtype not in DTYPE_CODES for dtype in dtypes):
+        return "torch"
+    if min(m, n) < LEAST_ROWS or m * n * k < LEAST_WORK:
+        return "own" if len(set(dtypes)) > 1 else "torch"
+    engines = _engines(load("cpu").isa())
+    name = engines.float32 if set(dtypes) == {torch.float32} else engines.bfloat16
+    # Only the own kernel mixes dtypes.
+    return "own" if len(set(dtypes)) > 1 else name
+
+
+def matmul_into(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_sums: Tensor | None = None,
+    accumulate: bool = False,
+    by: str | None = None,
+) -> Tensor:
+    """out = a @ b + bias, or out += a @ b + bias, without autograd. Sums are float32.
+
+    Args:
+        out: (m, n), float32 or bfloat16, rows contiguous; it may be a part of the columns of a wider tensor.
+        a: (m, k), float32 or bfloat16, any strides: pass `dout.t()` as it is.
+        b: (k, n), likewise; of another dtype than `a` if need be.
+        bias: (n,), added to every row.
+        row_sums: (m,) float32, takes the sums of the rows of `a`.
+        accumulate: add to what `out` holds.
+        by: "own", "torch" or "onednn" instead of the engine that `engine` names; for benchmarks and tests.
+
+    Returns:
+        out.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    name = by or engine(m, n, k, out.dtype, a.dtype, b.dtype)
+    if name == "own":
+        _own(out, a, b, bias, row_sums, accumulate)
+        return out
+    if row_sums is not None:
+        torch.sum(a, 1, dtype=torch.float32, out=row_sums)
+    if name == "onednn":
+        return _onednn(out, a, b, bias, accumulate)
+    if accumulate:
+        torch.addmm(out, a, b, out=out)
+        return out if bias is None else out.add_(bias)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def _own(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, row_sums: Tensor | None, accumulate: bool) -> None:
+    if bias is not None:
+        bias = bias.float().contiguous()
+    load("cpu").gemm(
+        out.data_ptr(), out.stride(), DTYPE_CODES[out.dtype],
+        a.data_ptr(), a.stride(), DTYPE_CODES[a.dtype], b.data_ptr(), b.stride(), DTYPE_CODES[b.dtype],
+        (a.shape[0], b.shape[1], a.shape[1]),
+        0 if bias is None else bias.data_ptr(), 0 if row_sums is None else row_sums.data_ptr(),
+        accumulate, num_threads(),
+    )  # fmt: skip
+
+
+def _onednn(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool) -> Tensor:
+    result = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return out.add_(result) if accumulate else out.copy_(result)
