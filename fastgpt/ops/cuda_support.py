@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from fastgpt.ops import extension
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# The device whose tensors the kernels take; the emulator of the tests takes the CPU's.
+DEVICE = "cuda"
 
 UNPROVEN = "no GPU has run this kernel's tests yet, so it must be asked for by name"
 
 
 def why_not(device: str, *dtypes: torch.dtype) -> str | None:
     """Why no CUDA kernel can run tensors of this device and these dtypes, or None."""
-    if device != "cuda":
+    if device != DEVICE:
         return f"the tensors are on {device}"
     for dtype in dtypes:
         if dtype not in DTYPE_CODES:
@@ -30,6 +36,16 @@ def chip() -> str | None:
         return "this PyTorch is built for ROCm"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"the kernels need compute capability 8.0, the device has {major}.{minor}"
+
+
+def load() -> ModuleType:
+    """The compiled module, fastgpt._cuda."""
+    return extension.load("cuda")
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside, launches go to the tensor's GPU."""
+    return torch.cuda.device(tensor.device)
 
 
 def stream() -> int:

@@ -1,4 +1,4 @@
-// What every CUDA kernel shares: element types, warp sums, launch sizes. No torch header, no allocation.
+// What every CUDA kernel shares: element types, warp sums, launches. No torch header, no allocation.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,10 +35,41 @@ struct alignas(16) Pack {
   T values[kSize];
 };
 
+// Values that are part of a type, for lambdas that are compiled for each.
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
+template <int kValue>
+struct Integer {
+  static constexpr int value = kValue;
+};
+
 // Blocks of `size` items for n items, no more than `most`: kernels stride over the rest.
 inline unsigned blocks_for(int64_t n, int64_t size, int64_t most) {
   const int64_t blocks = (n + size - 1) / size;
   return static_cast<unsigned>(blocks < most ? blocks : most);
+}
+
+// Starts a kernel and says whether that worked. `shared`: bytes of dynamic shared memory. A C++ compiler without CUDA
+// takes kernels for the emulator of tests/cuda_host.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   Arguments... arguments) {
+#ifdef __CUDACC__
+  // More than 48 KiB must be asked for.
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, block, shared, stream>>>(arguments...);
+  return cudaGetLastError();
+#else
+  (void)stream;
+  return emulator::launch(grid, block, shared, [=] { kernel(arguments...); });
+#endif
 }
 
 }  // namespace cuda

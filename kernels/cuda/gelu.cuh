@@ -70,18 +70,16 @@ template <class T>
 cudaError_t gelu_forward(void* out, const void* x, int64_t n, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const int64_t packs = packs_for<T>(n, out, x, x);
-  gelu_forward_kernel<T><<<blocks_for(packs ? packs : n, 256, 4096), 256, 0, stream>>>(
-      static_cast<T*>(out), static_cast<const T*>(x), n, packs);
-  return cudaGetLastError();
+  return launch(gelu_forward_kernel<T>, blocks_for(packs ? packs : n, 256, 4096), 256, 0, stream, static_cast<T*>(out),
+                static_cast<const T*>(x), n, packs);
 }
 
 template <class T>
 cudaError_t gelu_backward(void* dx, const void* dout, const void* x, int64_t n, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const int64_t packs = packs_for<T>(n, dx, dout, x);
-  gelu_backward_kernel<T><<<blocks_for(packs ? packs : n, 256, 4096), 256, 0, stream>>>(
-      static_cast<T*>(dx), static_cast<const T*>(dout), static_cast<const T*>(x), n, packs);
-  return cudaGetLastError();
+  return launch(gelu_backward_kernel<T>, blocks_for(packs ? packs : n, 256, 4096), 256, 0, stream, static_cast<T*>(dx),
+                static_cast<const T*>(dout), static_cast<const T*>(x), n, packs);
 }
 
 }  // namespace cuda

@@ -7,7 +7,7 @@
 // Paper: Ba, Kiros, Hinton, "Layer Normalization", 2016.
 #pragma once
 
-#include "common.cuh"
+#include "mma.cuh"
 
 namespace fastgpt {
 namespace cuda {
@@ -66,12 +66,17 @@ __global__ void layer_norm_backward_kernel(T* dx, const T* dout, const T* x, con
   }
 }
 
+// Each warp of a block sums other rows of its columns.
+struct ColumnSums {
+  float values[2][kRowLanes][kColumnsPerBlock];
+};
+
 // partial: (gridDim.y, 2, n)
 template <class T>
 __global__ void layer_norm_column_sums_kernel(float* partial, const T* dout, const T* x, const float* mean,
                                               const float* rstd, int64_t rows, int64_t n, int64_t dout_stride,
                                               int64_t x_stride) {
-  __shared__ float shared[2][kRowLanes][kColumnsPerBlock + 1];
+  ColumnSums& shared = *reinterpret_cast<ColumnSums*>(dynamic_shared());
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumnsPerBlock + threadIdx.x;
   float dweight = 0.0f, dbias = 0.0f;
   if (column < n) {
@@ -82,12 +87,12 @@ __global__ void layer_norm_column_sums_kernel(float* partial, const T* dout, con
       dbias += d;
     }
   }
-  shared[0][threadIdx.y][threadIdx.x] = dweight;
-  shared[1][threadIdx.y][threadIdx.x] = dbias;
+  store_shared(&shared.values[0][threadIdx.y][threadIdx.x], dweight);
+  store_shared(&shared.values[1][threadIdx.y][threadIdx.x], dbias);
   __syncthreads();
   if (threadIdx.y < 2 && column < n) {
     float sum = 0.0f;
-    for (int i = 0; i < kRowLanes; ++i) sum += shared[threadIdx.y][i][threadIdx.x];
+    for (int i = 0; i < kRowLanes; ++i) sum += load_shared(&shared.values[threadIdx.y][i][threadIdx.x]);
     partial[(static_cast<int64_t>(blockIdx.y) * 2 + threadIdx.y) * n + column] = sum;
   }
 }
@@ -107,10 +112,9 @@ template <class T, class W>
 cudaError_t layer_norm_forward(void* out, float* mean, float* rstd, const void* x, const void* weight, const void* bias,
                                int64_t rows, int64_t n, int64_t x_stride, float eps, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
-  layer_norm_forward_kernel<T, W><<<blocks_for(rows, kRowsPerBlock, 65535), kRowsPerBlock * kWarp, 0, stream>>>(
-      static_cast<T*>(out), mean, rstd, static_cast<const T*>(x), static_cast<const W*>(weight),
-      static_cast<const W*>(bias), rows, n, x_stride, eps);
-  return cudaGetLastError();
+  return launch(layer_norm_forward_kernel<T, W>, blocks_for(rows, kRowsPerBlock, 65535), kRowsPerBlock * kWarp, 0,
+                stream, static_cast<T*>(out), mean, rstd, static_cast<const T*>(x), static_cast<const W*>(weight),
+                static_cast<const W*>(bias), rows, n, x_stride, eps);
 }
 
 // partial: (parts, 2, n) float32, parts from 1 to 65,535.
@@ -119,15 +123,18 @@ cudaError_t layer_norm_backward(void* dx, void* dweight, void* dbias, float* par
                                 const void* weight, const float* mean, const float* rstd, int64_t rows, int64_t n,
                                 int64_t dout_stride, int64_t x_stride, int parts, cudaStream_t stream) {
   const T *d = static_cast<const T*>(dout), *in = static_cast<const T*>(x);
+  cudaError_t error = cudaSuccess;
   if (rows > 0)
-    layer_norm_backward_kernel<T, W><<<blocks_for(rows, kRowsPerBlock, 65535), kRowsPerBlock * kWarp, 0, stream>>>(
-        static_cast<T*>(dx), d, in, static_cast<const W*>(weight), mean, rstd, rows, n, dout_stride, x_stride);
+    error = launch(layer_norm_backward_kernel<T, W>, blocks_for(rows, kRowsPerBlock, 65535), kRowsPerBlock * kWarp, 0,
+                   stream, static_cast<T*>(dx), d, in, static_cast<const W*>(weight), mean, rstd, rows, n, dout_stride,
+                   x_stride);
+  if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>((n + kColumnsPerBlock - 1) / kColumnsPerBlock), static_cast<unsigned>(parts));
-  layer_norm_column_sums_kernel<T><<<grid, dim3(kColumnsPerBlock, kRowLanes), 0, stream>>>(
-      partial, d, in, mean, rstd, rows, n, dout_stride, x_stride);
-  layer_norm_add_parts_kernel<W><<<static_cast<unsigned>((n + 255) / 256), 256, 0, stream>>>(
-      static_cast<W*>(dweight), static_cast<W*>(dbias), partial, parts, n);
-  return cudaGetLastError();
+  error = launch(layer_norm_column_sums_kernel<T>, grid, dim3(kColumnsPerBlock, kRowLanes), sizeof(ColumnSums), stream,
+                 partial, d, in, mean, rstd, rows, n, dout_stride, x_stride);
+  if (error != cudaSuccess) return error;
+  return launch(layer_norm_add_parts_kernel<W>, static_cast<unsigned>((n + 255) / 256), 256, 0, stream,
+                static_cast<W*>(dweight), static_cast<W*>(dbias), static_cast<const float*>(partial), parts, n);
 }
 
 }  // namespace cuda

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastgpt.ops import cuda_support
 from fastgpt.ops.cuda_support import DTYPE_CODES
-from fastgpt.ops.extension import load
 from fastgpt.ops.gelu.unfused import bias_gradient, biased
 
 if TYPE_CHECKING:
@@ -25,20 +24,20 @@ def why_not(case: Case) -> str | None:
 
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Returns gelu(x + bias), contiguous."""
-    with torch.cuda.device(x.device):
+    with cuda_support.device_of(x):
         x = biased(x, bias).contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         stream = cuda_support.stream()
-        load("cuda").gelu_forward(out.data_ptr(), x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], stream)
+        cuda_support.load().gelu_forward(out.data_ptr(), x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], stream)
         return out
 
 
 def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Returns dx = dout · gelu'(x + bias), contiguous, and dbias."""
-    with torch.cuda.device(x.device):
+    with cuda_support.device_of(x):
         x, dout = biased(x, bias).contiguous(), dout.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        load("cuda").gelu_backward(
+        cuda_support.load().gelu_backward(
             dx.data_ptr(), dout.data_ptr(), x.data_ptr(),
             x.numel(), DTYPE_CODES[x.dtype], cuda_support.stream(),
         )  # fmt: skip

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastgpt.ops import cuda_support
 from fastgpt.ops.cuda_support import DTYPE_CODES
-from fastgpt.ops.extension import load
 from fastgpt.ops.layer_norm.layout import as_rows
 
 if TYPE_CHECKING:
@@ -28,13 +27,13 @@ def why_not(case: Case) -> str | None:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out (like x, contiguous), mean and rstd (x.shape[:-1], float32)."""
-    with torch.cuda.device(x.device):
+    with cuda_support.device_of(x):
         rows = as_rows(x)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         rstd = torch.empty_like(mean)
         weight, bias = weight.contiguous(), bias.contiguous()
-        load("cuda").layer_norm_forward(
+        cuda_support.load().layer_norm_forward(
             out.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
             rows.data_ptr(), weight.data_ptr(), bias.data_ptr(),
             rows.shape[0], rows.shape[1], rows.stride(0),
@@ -45,14 +44,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
 
 def backward(dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx (like x, contiguous), dweight and dbias (n,) in the dtype of weight."""
-    with torch.cuda.device(x.device):
+    with cuda_support.device_of(x):
         rows, drows = as_rows(x), as_rows(dout)
         weight = weight.contiguous()
         parts = max(1, min(MAX_PARTS, rows.shape[0] // 64))
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
         partial = torch.empty(parts, 2, x.shape[-1], dtype=torch.float32, device=x.device)
-        load("cuda").layer_norm_backward(
+        cuda_support.load().layer_norm_backward(
             dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), partial.data_ptr(),
             drows.data_ptr(), rows.data_ptr(), weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
             rows.shape[0], rows.shape[1], drows.stride(0), rows.stride(0), parts,

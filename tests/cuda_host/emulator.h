@@ -1,0 +1,253 @@
+// A GPU thread block on the CPU, for tests: one fiber a thread, so that whole kernels of kernels/cuda run without a
+// GPU.
+//
+// What it does beyond running: the order of the threads is drawn from a seed; shared memory holds NaN until it is
+// written; an asynchronous copy spoils its target at once and fills it only when its thread waits for it; accesses
+// through kernels/cuda/mma.cuh and shared.cuh are watched, so that two warps that touch the same 16 bytes without a
+// barrier between them fail, whatever the order was; threads that wait for each other for ever fail. What it does not
+// do: blocks run one after another, warps have no timing, and ordinary loads and stores are not watched.
+//
+// An error ends the launch; cudaGetErrorString then tells it, so that Python gets it as an exception with the op's
+// name.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulator {
+
+constexpr int kLanes = 32;
+constexpr size_t kMostShared = 227 * 1024;
+constexpr size_t kWatched = 16;  // bytes
+
+// One asynchronous copy that has been issued and not been waited for.
+struct Copy {
+  unsigned char* to;
+  unsigned char bytes[16];
+  bool committed = false;
+  int group = 0;
+};
+
+struct Thread {
+  Fiber fiber;
+  dim3 index;
+  int linear = 0;
+  bool done = false;
+  // It may go on when this counter has left this value.
+  const uint64_t* waits_for = nullptr;
+  uint64_t value = 0;
+  int64_t barriers = 0;  // passed so far: what happened between two barriers of the block has the same number
+  std::deque<Copy> copies;
+  int groups = 0;
+};
+
+struct Meeting {
+  const char* what = nullptr;
+  int arrived = 0;
+  uint64_t generation = 0;
+  void* slots[kLanes] = {};
+};
+
+// The last accesses to 16 bytes of shared memory: between which barriers, and of which warp (-2: of several).
+struct Watch {
+  int64_t written = -1, read = -1;
+  int writer = -1, reader = -1;
+};
+
+struct Block {
+  dim3 grid, size, index;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Meeting> warps;
+  Meeting barrier;
+  unsigned char* shared = nullptr;
+  size_t shared_size = 0;
+  std::vector<Watch> watches;
+  Thread* current = nullptr;
+  Fiber scheduler;
+  std::string error;
+};
+
+inline Block* block = nullptr;
+inline std::string last_error;
+inline uint64_t seed = 0;
+inline int64_t launches = 0;
+
+inline Thread& self() { return *block->current; }
+inline int warp_of(const Thread& thread) { return thread.linear / kLanes; }
+
+// Leaves this thread for good; the launch ends.
+[[noreturn]] inline void fail(const std::string& message) {
+  const Thread& t = self();
+  if (block->error.empty())
+    block->error = message + " (block " + std::to_string(block->index.x) + "," + std::to_string(block->index.y) +
+                   ", thread " + std::to_string(t.linear) + ")";
+  while (true) switch_fiber(block->current->fiber, block->scheduler);
+}
+
+inline void wait_while(const uint64_t& counter, uint64_t value) {
+  Thread& t = self();
+  while (counter == value) {
+    t.waits_for = &counter;
+    t.value = value;
+    switch_fiber(t.fiber, block->scheduler);
+  }
+  t.waits_for = nullptr;
+}
+
+// All 32 lanes meet; the last one runs op over what they brought, which stays where it is meanwhile.
+template <class Op>
+void meet(const char* what, void* brought, Op op) {
+  Thread& t = self();
+  Meeting& warp = block->warps[warp_of(t)];
+  if (warp.arrived > 0 && warp.what != what) fail(std::string("a lane is at ") + what + ", another at " + warp.what);
+  warp.what = what;
+  warp.slots[t.linear % kLanes] = brought;
+  if (++warp.arrived < kLanes) {
+    wait_while(warp.generation, warp.generation);
+    return;
+  }
+  warp.arrived = 0;
+  op(warp.slots);
+  ++warp.generation;
+}
+
+inline void sync_threads() {
+  Meeting& barrier = block->barrier;
+  if (++barrier.arrived < static_cast<int>(block->threads.size())) {
+    wait_while(barrier.generation, barrier.generation);
+  } else {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  ++self().barriers;
+}
+
+// Notes an access to shared memory, and fails where it races with an earlier one.
+inline void watch(const void* address, size_t bytes, bool write) {
+  const unsigned char* begin = static_cast<const unsigned char*>(address);
+  if (begin < block->shared || begin + bytes > block->shared + block->shared_size)
+    fail("an access outside shared memory");
+  const Thread& t = self();
+  const int warp = warp_of(t);
+  const size_t first = (begin - block->shared) / kWatched, last = (begin + bytes - 1 - block->shared) / kWatched;
+  for (size_t i = first; i <= last; ++i) {
+    Watch& w = block->watches[i];
+    const bool races =
+        (w.written == t.barriers && w.writer != warp) || (write && w.read == t.barriers && w.reader != warp);
+    if (races)
+      fail("two warps access byte " + std::to_string(i * kWatched) +
+           " of shared memory without a barrier between, and one writes");
+    if (write) {
+      w.written = t.barriers;
+      w.writer = warp;
+    } else {
+      w.reader = w.read == t.barriers && w.reader != warp ? -2 : warp;
+      w.read = t.barriers;
+    }
+  }
+}
+
+// The next threads to run, in an order that the seed gives; false when none can.
+inline bool run_round(std::vector<Thread*>& order, std::mt19937_64& random) {
+  std::shuffle(order.begin(), order.end(), random);
+  bool ran = false;
+  for (Thread* t : order) {
+    if (t->done || (t->waits_for != nullptr && *t->waits_for == t->value)) continue;
+    block->current = t;
+    switch_fiber(block->scheduler, t->fiber);
+    ran = true;
+    if (!block->error.empty()) return false;
+  }
+  return ran;
+}
+
+inline std::function<void()> body;
+
+inline void thread_main() {
+  body();
+  Thread& t = self();
+  if (!t.copies.empty()) fail("a thread ends with copies that it did not wait for");
+  t.done = true;
+  while (true) switch_fiber(t.fiber, block->scheduler);
+}
+
+inline void run_block(Block& b, std::mt19937_64& random) {
+  // All bits set is NaN in every floating-point type.
+  std::memset(b.shared, 0xff, b.shared_size);
+  std::fill(b.watches.begin(), b.watches.end(), Watch{});
+  b.barrier = Meeting{};
+  std::fill(b.warps.begin(), b.warps.end(), Meeting{});
+  std::vector<Thread*> order;
+  for (auto& t : b.threads) {
+    t->done = false;
+    t->waits_for = nullptr;
+    t->barriers = 0;
+    t->copies.clear();
+    t->groups = 0;
+    t->fiber.start(&thread_main);
+    order.push_back(t.get());
+  }
+  while (run_round(order, random)) {
+  }
+  if (!b.error.empty()) return;
+  for (Thread* t : order) {
+    if (t->done) continue;
+    b.current = t;
+    b.error = "threads wait for each other for ever (thread " + std::to_string(t->linear) + " of block " +
+              std::to_string(b.index.x) + ")";
+    return;
+  }
+}
+
+inline int launch(dim3 grid, dim3 size, size_t shared, std::function<void()> kernel) {
+  ++launches;
+  const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
+  if (threads == 0 || threads > 1024 || threads % kLanes != 0 || shared > kMostShared || grid.x == 0 || grid.y == 0 ||
+      grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
+    last_error = "the launch has sizes that no GPU takes, or a block that is not made of whole warps";
+    return 1;
+  }
+  Block b;
+  b.grid = grid;
+  b.size = size;
+  b.shared_size = (shared + kWatched - 1) / kWatched * kWatched;
+  std::vector<unsigned char> memory(b.shared_size + 128);
+  b.shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128);
+  b.watches.resize(b.shared_size / kWatched);
+  b.warps.resize(threads / kLanes);
+  for (size_t i = 0; i < threads; ++i) {
+    b.threads.push_back(std::make_unique<Thread>());
+    b.threads[i]->linear = static_cast<int>(i);
+    b.threads[i]->index = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
+  }
+  std::mt19937_64 random(seed);
+  block = &b;
+  body = std::move(kernel);
+  for (unsigned z = 0; z < grid.z && b.error.empty(); ++z)
+    for (unsigned y = 0; y < grid.y && b.error.empty(); ++y)
+      for (unsigned x = 0; x < grid.x && b.error.empty(); ++x) {
+        b.index = dim3(x, y, z);
+        run_block(b, random);
+      }
+  block = nullptr;
+  if (b.error.empty()) return 0;
+  last_error = b.error;
+  return 1;
+}
+
+}  // namespace emulator
