@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench cuda wheel-check clean
+.PHONY: help env demo test lint format bench bench-generate cuda wheel-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -39,6 +39,9 @@ format: $(READY)  ## rewrite the code in the project's format
 
 bench: $(READY)  ## time every op and the model against plain PyTorch (pytest-benchmark)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-generate: $(READY)  ## race generation against transformers, CTranslate2 and llama.cpp, as far as they are installed
+	$(BIN)/python -m benchmarks.generate
 
 cuda: $(READY)  ## compile all CUDA C++ (needs nvcc, no GPU) and list registers and spills
 	$(PIP) install -q 'setuptools>=77' pybind11 ninja
