@@ -278,14 +278,14 @@ struct ScreenThread {
   // The float32 logits of the rows that are left; -inf for the others. Then the best of them.
   void multiply_left(int64_t begin, int64_t end) const {
     const float* w = static_cast<const float*>(head.data);
-    const Output out = {a.logits, head.n_out, head.bias, false};
     bool stale = false;
     for (int64_t m = 0; m < a.n_wanted; ++m) {
+      const Output out = {a.logits + m * head.n_out, head.n_out, head.bias, false};
       int64_t best = -1, done = begin;
       float* values = row_of(m);
       for_left(m, begin, end, [&](int64_t n, float bound) {
         const float screened = values[n];
-        row_sums<1, 1>(out, m, n, 0, w + n * head.n_in, x + m * head.n_in, head.n_in, head.n_in, 0);
+        row_products<1, 1>({out, w + n * head.n_in, x + m * head.n_in, n, 0, head.n_in, head.n_in});
         stale |= std::fabs(values[n] - screened) > bound;
         if (best < 0 || values[n] > values[best] || (values[n] != values[n] && values[best] == values[best])) best = n;
         if (screen.fill) hide(values, done, n);
