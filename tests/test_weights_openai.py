@@ -333,3 +333,9 @@ def test_an_unknown_size_is_refused_before_anything_happens(tmp_path: Path):
     with pytest.raises(ValueError, match=r"Model size not in \('124M', '355M', '774M', '1558M'\); got '125M'"):
         download_and_load_gpt2("125M", tmp_path / "gpt2")
     assert not (tmp_path / "gpt2").exists()
+
+
+def test_assign_makes_transposed_arrays_contiguous():
+    right = np.arange(6.0, dtype=np.float32).reshape(2, 3).T
+    made = assign(torch.empty(3, 2), right)
+    assert made.is_contiguous() and np.array_equal(made.detach().numpy(), right)

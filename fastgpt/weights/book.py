@@ -18,14 +18,15 @@ def assign(left: torch.Tensor, right: Any) -> nn.Parameter:
         right: an array, any dtype; it is copied.
 
     Returns:
-        A new parameter on the CPU in the dtype of `right`. An optimizer that was made before still holds the old one.
+        A new contiguous parameter on the CPU in the dtype of `right`: OpenAI's matrices come transposed, and every
+        product that read their columns would be slower. An optimizer that was made before still holds the old one.
 
     Raises:
         ValueError: the shapes differ.
     """
     if tuple(left.shape) != tuple(right.shape):
         raise ValueError(f"Shape mismatch. Left: {tuple(left.shape)}, Right: {tuple(right.shape)}")
-    return nn.Parameter(torch.tensor(right))
+    return nn.Parameter(torch.tensor(right).contiguous())
 
 
 def load_weights_into_gpt(gpt: Any, params: Mapping[str, Any]) -> None:
