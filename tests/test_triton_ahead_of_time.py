@@ -104,6 +104,8 @@ def attention(kind, capability, dtype, head_dim, dropout):
         "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "DROPOUT": dropout, "PRECISION": "ieee", "UNIT": 8,
     }  # fmt: skip
+    if kind != FORWARD:
+        constants["PACK"] = 1
     pointers = {f"{name}_ptr": dtype for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")}
     return compiled(kernel, capability, pointers, constants, tile.num_warps, tile.num_stages)
 

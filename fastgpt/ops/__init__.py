@@ -9,6 +9,7 @@ from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.linear import linear, packed_linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
+from fastgpt.ops.packed_causal_attention import packed_causal_attention
 
 __all__ = [
     "BackendError",
@@ -20,6 +21,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "packed_causal_attention",
     "packed_linear",
     "use_backend",
 ]

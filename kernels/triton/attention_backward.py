@@ -37,9 +37,9 @@ def causal_attention_backward_dq_kernel(
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64, v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
     softmax_scale, seed: tl.int64, threshold, drop_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """dq is (batch, q_len, n_heads, head_dim), lse and delta (batch, n_heads, q_len)."""
+    """dq is (batch, q_len, n_heads, head_dim) or part of a packed gradient (PACK 3), lse (batch, n_heads, ...)."""
     program = tl.program_id(0)
     batch_head = program % batch_heads
     first_row = (tl.cdiv(q_len, BLOCK_M) - 1 - program // batch_heads) * BLOCK_M
@@ -75,7 +75,7 @@ def causal_attention_backward_dq_kernel(
             softmax_scale * LOG2E, seed, batch_head, threshold, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, UNIT, True,
         )  # fmt: skip
-    store_rows(dq_ptr, dq * softmax_scale, batch_head, n_heads, first_row, q_len, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr, dq * softmax_scale, batch_head, n_heads, first_row, q_len, BLOCK_M, HEAD_DIM, BLOCK_D, PACK)
 
 
 @triton.jit
@@ -106,9 +106,9 @@ def causal_attention_backward_dkdv_kernel(
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64, v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
     softmax_scale, seed: tl.int64, threshold, drop_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv are (batch, k_len, n_heads, head_dim), lse and delta (batch, n_heads, q_len)."""
+    """dk and dv are (batch, k_len, n_heads, head_dim) or parts of a packed gradient (PACK 3); lse, delta as there."""
     program = tl.program_id(0)
     batch_head = program % batch_heads
     first_column = program // batch_heads * BLOCK_N
@@ -142,8 +142,8 @@ def causal_attention_backward_dkdv_kernel(
         )  # fmt: skip
     if DROPOUT:
         dv = dv * drop_scale
-    store_rows(dk_ptr, dk * softmax_scale, batch_head, n_heads, first_column, k_len, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, dv, batch_head, n_heads, first_column, k_len, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(dk_ptr, dk * softmax_scale, batch_head, n_heads, first_column, k_len, BLOCK_N, HEAD_DIM, BLOCK_D, PACK)
+    store_rows(dv_ptr, dv, batch_head, n_heads, first_column, k_len, BLOCK_N, HEAD_DIM, BLOCK_D, PACK)
 
 
 @triton.jit

@@ -46,12 +46,13 @@ def load_rows(
 @triton.jit
 def store_rows(
     ptr, value, batch_head, n_heads, first, n_rows,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PACK: tl.constexpr = 1,
 ):  # fmt: skip
-    """Rows of one head into a contiguous (batch, n_rows, n_heads, head_dim), rounded to its dtype."""
+    """Rows of one head, rounded to the dtype of what ptr begins: a contiguous (batch, n_rows, n_heads, head_dim), or
+    one part of (batch, n_rows, PACK, n_heads, head_dim)."""
     row, column = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     batch, head = (batch_head // n_heads).to(tl.int64), batch_head % n_heads
-    line = (batch * n_rows + row) * n_heads + head
+    line = (batch * n_rows + row) * (PACK * n_heads) + head
     inside = (row < n_rows)[:, None] & (column < HEAD_DIM)[None, :]
     tl.store(ptr + (line * HEAD_DIM)[:, None] + column[None, :], value.to(ptr.dtype.element_ty), mask=inside)
 

@@ -42,12 +42,15 @@ def forward(
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    softmax_scale: float, dropout_p: float, seed: int,
+    softmax_scale: float, dropout_p: float, seed: int, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns dq, dk and dv, like q, k and v, each laid out as (batch, len, n_heads, head_dim)."""
+    """Returns dq, dk and dv, like q, k and v, each laid out as (batch, len, n_heads, head_dim).
+
+    `grads` are three tensors to write them into instead, any strides but a contiguous last axis.
+    """
     dout, q, k, v, out = map(_readable, (dout, q, k, v, out))
     lse = lse.contiguous()
-    dq, dk, dv = map(_empty_like, (q, k, v))
+    dq, dk, dv = grads or tuple(map(_empty_like, (q, k, v)))
     load("cpu").attention_backward(
         dq.data_ptr(), dq.stride(), dk.data_ptr(), dk.stride(), dv.data_ptr(), dv.stride(),
         dout.data_ptr(), dout.stride(), q.data_ptr(), q.stride(), k.data_ptr(), k.stride(),

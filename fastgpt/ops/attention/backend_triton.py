@@ -64,15 +64,20 @@ def backward(
     softmax_scale: float,
     dropout_p: float,
     seed: int,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv, laid out as (batch, length, n_heads, head_dim)."""
+    """Returns dq, dk and dv, laid out as (batch, length, n_heads, head_dim).
+
+    `grads` are the parts of one (batch, length, 3, n_heads, head_dim) tensor to write them into instead.
+    """
     from fastgpt.kernels.triton import attention_backward as kernels
     from fastgpt.kernels.triton.attention_tables import BACKWARD_DKDV, BACKWARD_DQ, choose
 
     dout, q, k, v = map(_last_axis_contiguous, (dout, q, k, v))
     # The kernel reads the layout that forward wrote, and torch.compile may hand over another.
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    dq, dk, dv = map(_like_out, (q, k, v))
+    dq, dk, dv = grads or tuple(map(_like_out, (q, k, v)))
+    pack = {"PACK": 3 if grads else 1}
     delta = torch.empty_like(lse)
     if k.numel() == 0:
         return dq, dk, dv
@@ -83,11 +88,11 @@ def backward(
         if q.shape[2]:
             tile = choose(BACKWARD_DQ, *tuning)
             kernels.causal_attention_backward_dq_kernel[_grid(q, q.shape[2], tile.block_m)](
-                dq, delta, dout, q, k, v, out, lse, *shared, **_constants(q, tile, dropout_p, unit)
+                dq, delta, dout, q, k, v, out, lse, *shared, **_constants(q, tile, dropout_p, unit), **pack
             )
         tile = choose(BACKWARD_DKDV, *tuning)
         kernels.causal_attention_backward_dkdv_kernel[_grid(q, k.shape[2], tile.block_n)](
-            dk, dv, dout, q, k, v, lse, delta, *shared, **_constants(q, tile, dropout_p, unit)
+            dk, dv, dout, q, k, v, lse, delta, *shared, **_constants(q, tile, dropout_p, unit), **pack
         )
     return dq, dk, dv
 
