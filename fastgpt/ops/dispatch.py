@@ -2,7 +2,8 @@
 
 Nearest wins: the argument `backend=`, then `with use_backend(...)`, then FASTGPT_BACKEND, then "auto". "auto" takes the
 first backend of the room that says nothing against the case; an explicit name that cannot run raises with every
-backend's reason. A backend is a module of the room:
+backend's reason. A name for many ops at once (`use_backend`, FASTGPT_BACKEND) leaves rooms without such a backend on
+"auto": "triton" for a model says nothing of its matrix products. A backend is a module of the room:
 
     backend_<name>.py   why_not(case) -> str | None, forward(...), backward(...)
     reference.py        the op in plain PyTorch; it can always run
@@ -90,6 +91,8 @@ class Op:
     def choose(self, case: Any, backend: str | None = None) -> ModuleType:
         """The backend module for this case. Raises BackendError when the one asked for cannot run it."""
         name = requested(backend)
+        if backend is None and name not in self.backends:
+            name = "auto"
         key = (case, name)
         chosen = self._chosen.get(key)
         if chosen is None:
