@@ -4,8 +4,10 @@
 
     TransformerBlock    x + drop(att(norm1(x))), then x + drop(ff(norm2(x)))
 
-What differs from `fastgpt.reference`: LayerNorm, GELU and attention each run as one op of
-`fastgpt.ops`; the (T, T) scores never exist, and no mask is stored. Parameters are created in the
+What differs from `fastgpt.reference`: everything runs on `fastgpt.ops`, and neighbours join into
+one op where nothing stands between them (`fastgpt.fusion`): each shortcut is added by the pass that
+normalises the sum, the three input projections are one, the first bias of the feed-forward is added
+inside the GELU. The (T, T) scores never exist, and no mask is stored. Parameters are created in the
 book's order, so the same seed gives the same weights. `state_dict` still holds the book's
 `att.mask` tensors, made when it is asked for.
 
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt import ops
+from fastgpt import fusion, ops
 from fastgpt.config import BLOCK_KEYS, check_config, check_heads
 
 _NOT_CAUSAL = (
@@ -78,6 +80,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., emb_dim) to the same shape."""
+        if fusion.is_plain(self.layers, nn.Sequential) and fusion.is_plain(self.layers[1], GELU):
+            return fusion.feed_forward(self.layers[0], self.layers[2], x)
         out: Tensor = self.layers(x)
         return out
 
@@ -122,15 +126,10 @@ class MultiHeadAttention(nn.Module):
         """x (batch, n_tokens, d_in) to (batch, n_tokens, d_out); n_tokens <= context_length."""
         batch, n_tokens, _ = x.shape
         check_length(n_tokens, self.context_length)
-        heads = (batch, n_tokens, self.num_heads, self.head_dim)
-        q = self.W_query(x).view(heads).transpose(1, 2)  # (B, H, T, D)
-        k = self.W_key(x).view(heads).transpose(1, 2)
-        v = self.W_value(x).view(heads).transpose(1, 2)
+        made = fusion.project_qkv(self.W_query, self.W_key, self.W_value, x)
         # The dropout's own switch: readers turn single ones off, or put nn.Identity there.
-        dropout_p = getattr(self.dropout, "p", 0.0) if self.dropout.training else 0.0
-        out = ops.causal_attention(q, k, v, dropout_p=dropout_p)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, n_tokens, self.d_out))
-        return projected
+        p = getattr(self.dropout, "p", 0.0) if self.dropout.training else 0.0
+        return fusion.linear(self.out_proj, fusion.attend(made, self.num_heads, p))
 
     @property
     def mask(self) -> Tensor:
@@ -197,9 +196,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, n_tokens, emb_dim) to the same shape."""
-        x = x + self.drop_shortcut(self.att(self.norm1(x)))
-        x = x + self.drop_shortcut(self.ff(self.norm2(x)))
-        return x
+        total, normed = fusion.add_and_norm(self.att(self.norm1(x)), x, self.drop_shortcut, self.norm2, norm_parts)
+        out: Tensor = total + self.drop_shortcut(self.ff(normed))
+        return out
 
 
 class GPTModel(nn.Module):
@@ -235,10 +234,15 @@ class GPTModel(nn.Module):
             IndexError: more tokens than `context_length`, or (on the CPU) an unknown token id.
             ValueError: `in_idx` is not a batch of rows.
         """
-        x = self.drop_emb(embed_tokens(self.tok_emb, self.pos_emb, in_idx))
-        x = self.trf_blocks(x)
-        logits: Tensor = self.out_head(self.final_norm(x))
-        return logits
+        return fusion.linear(self.out_head, self.hidden_states(in_idx))
+
+    def hidden_states(self, in_idx: Tensor) -> Tensor:
+        """What goes into the output head, (batch, n_tokens, emb_dim). Args and Raises: as `forward`."""
+        x = embed_tokens(self.tok_emb, self.pos_emb, in_idx, self.drop_emb)
+        if fusion.is_plain(self.trf_blocks, nn.Sequential):
+            return fusion.run_blocks(self.trf_blocks, self.final_norm, x, TransformerBlock, norm_parts)
+        out: Tensor = self.final_norm(self.trf_blocks(x))
+        return out
 
 
 def _is_causal(mask: Tensor) -> bool:
@@ -257,12 +261,20 @@ def check_length(n_tokens: int, context_length: int) -> None:
         )
 
 
-def embed_tokens(tok_emb: nn.Embedding, pos_emb: nn.Embedding, in_idx: Tensor) -> Tensor:
+def norm_parts(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """(weight, bias, eps) of a `LayerNorm` that may be joined with what comes before it; else None."""
+    if not fusion.is_plain(module, LayerNorm):
+        return None
+    return module.scale, module.shift, module.eps  # type: ignore[return-value]
+
+
+def embed_tokens(tok_emb: nn.Module, pos_emb: nn.Module, in_idx: Tensor, drop: nn.Module | None = None) -> Tensor:
     """Token plus position embeddings, with errors that say which input is wrong.
 
     Args:
         tok_emb, pos_emb: the model's embeddings; the rows of `pos_emb` are the longest input.
         in_idx: token ids, (batch, n_tokens), int64 or int32.
+        drop: a dropout for the sum.
 
     Returns:
         (batch, n_tokens, emb_dim) in the dtype of the embeddings.
@@ -276,13 +288,17 @@ def embed_tokens(tok_emb: nn.Embedding, pos_emb: nn.Embedding, in_idx: Tensor) -
             "A single row becomes a batch of one with in_idx.unsqueeze(0)."
         )
     n_tokens = in_idx.shape[1]
-    check_length(n_tokens, pos_emb.weight.shape[0])
+    check_length(n_tokens, pos_emb.weight.shape[0])  # type: ignore[index, arg-type]
+    p = 0.0 if drop is None else fusion.dropout_p(drop)
+    joined = None if p is None else fusion.embed(tok_emb, pos_emb, in_idx, p)
+    if joined is not None:
+        return joined
     try:
         tokens: Tensor = tok_emb(in_idx)
     except IndexError as error:
-        raise IndexError(_bad_token(in_idx, tok_emb.weight.shape[0])) from error
-    positions: Tensor = pos_emb(torch.arange(n_tokens, device=in_idx.device))
-    return tokens + positions
+        raise IndexError(_bad_token(in_idx, tok_emb.weight.shape[0])) from error  # type: ignore[index, arg-type]
+    total: Tensor = tokens + pos_emb(torch.arange(n_tokens, device=in_idx.device))
+    return total if drop is None else drop(total)
 
 
 def _bad_token(in_idx: Tensor, vocab_size: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgpt import ops
+from fastgpt import fusion, ops
 from fastgpt.config import BLOCK_KEYS, check_config, check_heads
 from fastgpt.model import FeedForward, embed_tokens
 
@@ -54,12 +54,8 @@ class MultiHeadAttentionFast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, n_tokens, d_in) to (batch, n_tokens, d_out)."""
-        batch, n_tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, n_tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
-        out = ops.causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, n_tokens, self.d_out))
-        return projected
+        p = self.dropout if self.training else 0.0
+        return fusion.linear(self.proj, fusion.attend((fusion.linear(self.qkv, x),), self.num_heads, p))
 
 
 class TransformerBlockFast(nn.Module):
@@ -86,9 +82,9 @@ class TransformerBlockFast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, n_tokens, emb_dim) to the same shape."""
-        x = x + self.drop_shortcut(self.att(self.norm1(x)))
-        x = x + self.drop_shortcut(self.ff(self.norm2(x)))
-        return x
+        total, normed = fusion.add_and_norm(self.att(self.norm1(x)), x, self.drop_shortcut, self.norm2, norm_parts)
+        out: Tensor = total + self.drop_shortcut(self.ff(normed))
+        return out
 
 
 class GPTModelFast(nn.Module):
@@ -110,10 +106,22 @@ class GPTModelFast(nn.Module):
 
     def forward(self, in_idx: Tensor) -> Tensor:
         """Logits for every position; as `GPTModel.forward`."""
-        x = self.drop_emb(embed_tokens(self.tok_emb, self.pos_emb, in_idx))
-        x = self.trf_blocks(x)
-        logits: Tensor = self.out_head(self.final_norm(x))
-        return logits
+        return fusion.linear(self.out_head, self.hidden_states(in_idx))
+
+    def hidden_states(self, in_idx: Tensor) -> Tensor:
+        """What goes into the output head, (batch, n_tokens, emb_dim). Args and Raises: as `forward`."""
+        x = embed_tokens(self.tok_emb, self.pos_emb, in_idx, self.drop_emb)
+        if fusion.is_plain(self.trf_blocks, nn.Sequential):
+            return fusion.run_blocks(self.trf_blocks, self.final_norm, x, TransformerBlockFast, norm_parts)
+        out: Tensor = self.final_norm(self.trf_blocks(x))
+        return out
+
+
+def norm_parts(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """(weight, bias, eps) of a `LayerNormFast` that may be joined with what comes before it; else None."""
+    if not fusion.is_plain(module, LayerNormFast):
+        return None
+    return module.weight, module.bias, module.eps  # type: ignore[return-value]
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], to: Literal["book", "fast"]) -> dict[str, Tensor]:

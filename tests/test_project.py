@@ -18,6 +18,7 @@ LAYERS = (
     ("_version", "env"),
     ("kernels", "config", "text", "timing"),
     ("ops", "testing", "bpe", "vocabulary"),
+    ("fusion",),
     ("model", "model_fast", "reference", "tokenizer", "teaching_tokenizers", "token_file", "data"),
     ("attention_variants", "stubs", "weights", "acceleration"),
     ("generation", "about"),

@@ -168,7 +168,7 @@ def naive_train(model, train, val, optimizer, epochs, eval_freq, eval_iter, lrs=
 
 def test_train_model_simple_follows_the_written_out_loop_exactly():
     train, val = loader(0, 700), loader(700, 900)
-    model, twin = make_model(), make_model()
+    model, twin = (make_model(reference.GPTModel) for _ in range(2))
     got = train_model_simple(model, train, val, adamw(model), "cpu", 2, 5, 3, "The tide", TOKENIZER)
     assert got == naive_train(twin, train, val, adamw(twin), 2, 5, 3)
 
@@ -185,7 +185,7 @@ def test_losses_of_our_model_and_of_the_reference_agree():
 
 def test_shuffled_batches_come_in_the_order_of_the_written_out_loop():
     val = loader(700, 900)
-    model, twin = make_model(), make_model()
+    model, twin = (make_model(reference.GPTModel) for _ in range(2))
     torch.manual_seed(5)
     got = train_model_simple(model, loader(0, 700, shuffle=True), val, adamw(model), "cpu", 2, 4, 2, "A", TOKENIZER)
     torch.manual_seed(5)
@@ -225,7 +225,7 @@ def test_stdout_holds_the_books_lines_and_nothing_else(capsys: pytest.CaptureFix
 
 def test_train_model_follows_the_written_out_loop_with_schedule_and_clipping(capsys: pytest.CaptureFixture[str]):
     train, val = loader(0, 700), loader(700, 900)
-    model, twin = make_model(), make_model()
+    model, twin = (make_model(reference.GPTModel) for _ in range(2))
     *got, lrs = train_model(model, train, val, adamw(model), "cpu", 2, 5, 3, "A", TOKENIZER, 10, 1e-5, 1e-4)
     total = 2 * len(train)
     want_lrs = [1e-5 + i * (5e-3 - 1e-5) / 10 for i in range(10)] + [

@@ -18,14 +18,14 @@ from torch.utils.data import Dataset
 
 from fastgpt.finetuning.lora import LinearWithLoRA
 from fastgpt.finetuning.optional import require
-from fastgpt.model import GPTModel, LayerNorm, embed_tokens
-from fastgpt.model_fast import GPTModelFast, LayerNormFast
+from fastgpt.fusion import is_hooked, is_plain
+from fastgpt.model import GPTModel
+from fastgpt.model_fast import GPTModelFast
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # Modules that treat every position alone, so that one position can be computed without the others.
-_POSITIONWISE_NORMS = (LayerNorm, LayerNormFast)
 _POSITIONWISE_HEADS = (nn.Linear, LinearWithLoRA)
 
 _LABELS = ("not spam", "spam")
@@ -127,8 +127,8 @@ def pad(ids: list[int], length: int, pad_token_id: int) -> list[int]:
 def last_logits(model: Callable[[Tensor], Tensor], input_batch: Tensor) -> Tensor:
     """Logits at the last position, `model(input_batch)[:, -1, :]`, without computing the head for the others.
 
-    Where the model is fastgpt's own and nothing in it could tell the difference, the final norm and the head run on
-    one position a row. For everything else the model is called as it is.
+    Where the model is fastgpt's own and nothing in it could tell the difference, the head runs on one position a row.
+    For everything else the model is called as it is.
 
     Args:
         model: token ids (batch, n_tokens) to logits (batch, n_tokens, n_classes).
@@ -140,24 +140,15 @@ def last_logits(model: Callable[[Tensor], Tensor], input_batch: Tensor) -> Tenso
     if not _head_may_run_alone(model):
         return model(input_batch)[:, -1, :]
     assert isinstance(model, (GPTModel, GPTModelFast))
-    x = model.drop_emb(embed_tokens(model.tok_emb, model.pos_emb, input_batch))
-    x = model.trf_blocks(x)[:, -1, :]  # (B, C)
-    logits: Tensor = model.out_head(model.final_norm(x))
+    logits: Tensor = model.out_head(model.hidden_states(input_batch)[:, -1, :])
     return logits
 
 
 def _head_may_run_alone(model: Any) -> bool:
-    if type(model) not in (GPTModel, GPTModelFast) or "forward" in vars(model):
-        return False
-    if type(model.final_norm) not in _POSITIONWISE_NORMS or type(model.out_head) not in _POSITIONWISE_HEADS:
+    if not (is_plain(model, GPTModel) or is_plain(model, GPTModelFast)):
         return False
     # A hook of the user's wants to see what the book's forward shows it.
-    return not any(_is_watched(module) for module in (model, model.final_norm, *model.out_head.modules()))
-
-
-def _is_watched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    return type(model.out_head) in _POSITIONWISE_HEADS and not any(map(is_hooked, model.out_head.modules()))
 
 
 def calc_loss_batch(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.fusion import is_linear
 from fastgpt.generation.layers import Function, Norm, linear
 
 # Classes of these modules are known to compute what their structure says.
@@ -230,7 +231,7 @@ class _Reader:
     def function(self, module: nn.Module) -> Function:
         if not isinstance(module, nn.Module):
             raise NotRecognised(f"a {type(module).__name__} stands where a module is wanted")
-        if type(module) is nn.Linear:
+        if is_linear(module):
             bias = None if module.bias is None else self.tensor(module.bias)
             return linear(self.tensor(module.weight), bias)
         if type(module) is nn.Identity:

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastgpt import fusion
+from fastgpt.model import GPTModel
+from fastgpt.model_fast import GPTModelFast
+
+_OWN = (GPTModel, GPTModelFast)
+
 
 def calc_loss_batch(
     input_batch: Tensor,
@@ -18,6 +24,8 @@ def calc_loss_batch(
     device: torch.device | str | int,
 ) -> Tensor:
     """Mean cross-entropy over all positions of a batch.
+
+    The head and the loss of fastgpt's own models are one op, so that the logits of a batch never stand in memory.
 
     Args:
         input_batch: token ids, (batch, n_tokens), int64.
@@ -28,8 +36,11 @@ def calc_loss_batch(
     Returns:
         A scalar with a graph; nan when no position counts.
     """
-    logits = model(input_batch.to(device))
-    return functional.cross_entropy(logits.flatten(0, 1), target_batch.to(device).flatten())
+    inputs, targets = input_batch.to(device), target_batch.to(device)
+    if isinstance(model, _OWN) and any(fusion.is_plain(model, own) for own in _OWN):
+        return fusion.loss(model.hidden_states(inputs), model.out_head, targets)
+    logits = model(inputs)
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def calc_loss_loader(

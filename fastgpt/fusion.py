@@ -1,0 +1,209 @@
+"""How neighbouring modules of a model become one op: which modules may be joined, and the joined forwards.
+
+A module is joined with its neighbours only while it is plain: of exactly the class whose forward is known here, without
+hooks and without a forward of its own. Anything else (LoRA, a reader's layer, a hooked module) is called as it is, and
+only the modules around it are joined. So one block in training is
+
+    packed_linear → packed_causal_attention → linear → dropout_add_layer_norm
+                  → linear → gelu with bias → linear → dropout_add_layer_norm of the next block
+
+and nothing is read twice. Everything is looked up at every call, so replacing a module later is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops
+
+
+class _PreNormBlock(Protocol):
+    """A block x + drop(att(norm1(x))), then x + drop(ff(norm2(x)))."""
+
+    att: nn.Module
+    ff: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+    drop_shortcut: nn.Module
+
+
+def is_plain(module: Any, cls: type) -> bool:
+    """True when calling this module does what `cls.forward` says, and nothing else."""
+    if type(module) is not cls:
+        return False
+    module = cast(nn.Module, module)
+    if "forward" in module.__dict__ or is_hooked(module):
+        return False
+    # module.compile() puts its own call in place of forward.
+    return module._compiled_call_impl is None
+
+
+def is_linear(module: Any) -> bool:
+    """True for a plain nn.Linear, and for one that `fastgpt.accelerate` swapped."""
+    cls = type(module)
+    if cls is nn.Linear:
+        return is_plain(module, cls)
+    return bool(getattr(cls, "IS_LINEAR", False)) and is_plain(module, cls)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """True when something wants to see what goes into this module, or comes out."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def dropout_p(module: Any) -> float | None:
+    """The share that a dropout drops at this moment; None when it is something else, to be called as it is."""
+    if is_plain(module, nn.Dropout):
+        return float(module.p) if module.training else 0.0
+    return 0.0 if is_plain(module, nn.Identity) else None
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, by `ops.linear` where it is a plain nn.Linear."""
+    if is_linear(module):
+        plain = cast(nn.Linear, module)
+        return ops.linear(x, plain.weight, plain.bias)
+    out: Tensor = module(x)
+    return out
+
+
+def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The three input projections: packed in one tensor (..., 3 · d_out) where they are plain and alike, else three.
+
+    Args:
+        query, key, value: modules, called in this order where they are not joined.
+        x: (..., d_in).
+    """
+    layers = (query, key, value)
+    if all(map(is_linear, layers)):
+        plain = cast("tuple[nn.Linear, ...]", layers)
+        weights, biases = [m.weight for m in plain], [m.bias for m in plain]
+        alike = len({w.shape for w in weights}) == 1 and len({b is None for b in biases}) == 1
+        if alike:
+            return (ops.packed_linear(x, weights, biases),)
+    return tuple(layer(x) for layer in layers)
+
+
+def attend(made: tuple[Tensor, ...], num_heads: int, p: float) -> Tensor:
+    """Causal attention between what the input projections made and the output projection.
+
+    Args:
+        made: one tensor, queries, keys and values side by side, (batch, n_tokens, 3 · d_out), or three
+            of (batch, n_tokens, d_out).
+        num_heads: heads; they share `d_out` evenly.
+        p: share of attention weights to drop.
+
+    Returns:
+        (batch, n_tokens, d_out).
+    """
+    batch, n_tokens, width = made[0].shape
+    if len(made) == 1:
+        qkv = made[0].view(batch, n_tokens, 3, num_heads, width // (3 * num_heads))
+        return ops.packed_causal_attention(qkv, dropout_p=p).flatten(2)
+    q, k, v = (part.view(batch, n_tokens, num_heads, -1).transpose(1, 2) for part in made)  # (B, H, T, D)
+    return ops.causal_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
+
+
+def feed_forward(widen: nn.Module, narrow: nn.Module, x: Tensor) -> Tensor:
+    """narrow(gelu(widen(x))), the first bias added inside the GELU."""
+    if is_linear(widen):
+        plain = cast(nn.Linear, widen)
+        return linear(narrow, ops.gelu(ops.linear(x, plain.weight), plain.bias))
+    return linear(narrow, ops.gelu(widen(x)))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    final_norm: nn.Module,
+    x: Tensor,
+    block_class: type,
+    norm: Callable[[nn.Module], tuple[Tensor, Tensor, float] | None],
+) -> Tensor:
+    """All blocks and the final norm; each shortcut is added in the pass that normalises the sum for the next layer.
+
+    Args:
+        blocks: the model's blocks.
+        final_norm: the norm behind the last block.
+        x: (batch, n_tokens, emb_dim), the embeddings.
+        block_class: the class of blocks that may be joined.
+        norm: gives (weight, bias, eps) of a norm that may be joined, None for any other module.
+
+    Returns:
+        (batch, n_tokens, emb_dim): what goes into the output head.
+    """
+    listed = list(blocks)
+    followers = [cast(nn.Module, block.norm1) if is_plain(block, block_class) else None for block in listed[1:]]
+    normed: Tensor | None = None
+    for block, follower in zip(listed, [*followers, final_norm], strict=True):
+        if not is_plain(block, block_class):
+            x, normed = block(x), None
+            continue
+        plain = cast(_PreNormBlock, block)
+        if normed is None:
+            normed = cast(Tensor, plain.norm1(x))
+        x, normed = add_and_norm(plain.att(normed), x, plain.drop_shortcut, plain.norm2, norm)
+        x, normed = add_and_norm(plain.ff(normed), x, plain.drop_shortcut, follower, norm)
+    return cast(Tensor, final_norm(x)) if normed is None else normed
+
+
+def add_and_norm(
+    branch: Tensor,
+    x: Tensor,
+    drop: nn.Module,
+    follower: nn.Module | None,
+    norm: Callable[[nn.Module], tuple[Tensor, Tensor, float] | None],
+) -> tuple[Tensor, Any]:
+    """x + drop(branch), and `follower` of it; the second is None without a follower.
+
+    Args:
+        branch, x: (batch, n_tokens, emb_dim).
+        drop: the block's dropout.
+        follower: the norm that reads the sum next.
+        norm: as for `run_blocks`.
+    """
+    p, parts = dropout_p(drop), None if follower is None else norm(follower)
+    # Under autocast the branch is bfloat16 and the sum float32, as PyTorch promotes them.
+    if p is None or parts is None or branch.dtype != x.dtype or type(branch) is not Tensor:
+        total = x + drop(branch)
+        return total, None if follower is None else follower(total)
+    weight, bias, eps = parts
+    return ops.dropout_add_layer_norm(branch, x, weight, bias, dropout_p=p, eps=eps)
+
+
+def embed(tok_emb: nn.Module, pos_emb: nn.Module, in_idx: Tensor, p: float) -> Tensor | None:
+    """Dropped sum of both embeddings by one op; None where a table is more than a table."""
+    if not (_is_table(tok_emb) and _is_table(pos_emb)):
+        return None
+    tokens, positions = cast(nn.Embedding, tok_emb), cast(nn.Embedding, pos_emb)
+    if tokens.weight.dtype != positions.weight.dtype:
+        return None
+    return ops.embedding(in_idx, tokens.weight, positions.weight, dropout_p=p)
+
+
+def _is_table(module: nn.Module) -> bool:
+    if not is_plain(module, nn.Embedding):
+        return False
+    table = cast(nn.Embedding, module)
+    return table.max_norm is None and table.padding_idx is None and not (table.sparse or table.scale_grad_by_freq)
+
+
+def loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of a model's head; without a tensor of all logits where the head is a plain nn.Linear.
+
+    Args:
+        hidden: (batch, n_tokens, emb_dim), behind the final norm.
+        head: the output head.
+        targets: (batch, n_tokens) int64; -100 does not count.
+    """
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    if is_linear(head) and cast(nn.Linear, head).bias is None and not autocast:
+        return ops.linear_cross_entropy(hidden, cast(nn.Linear, head).weight, targets)
+    logits: Tensor = linear(head, hidden)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
