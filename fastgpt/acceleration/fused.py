@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.fusion import attend as join_heads
+from fastgpt.fusion import is_hooked, is_linear, project_qkv
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,12 @@ class AttentionPlan:
     tail: tuple[None, ...] = ()
 
 
-Plan = NormPlan | GeluPlan | AttentionPlan
+@dataclass(frozen=True)
+class LinearPlan:
+    """An nn.Linear has nothing to name."""
+
+
+Plan = NormPlan | GeluPlan | LinearPlan | AttentionPlan
 
 # Where an attention remembers which masks it has looked at: (id, version) of each.
 _STAMP = "_fastgpt_masks_seen"
@@ -109,6 +116,17 @@ class FusedGELU(Fused):
         return super().forward(*args, **kwargs)
 
 
+class FusedLinear(Fused):
+    """nn.Linear by `ops.linear`."""
+
+    IS_LINEAR: ClassVar[bool] = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and _usable(args[0]) and args[0].dtype == self.weight.dtype:
+            return ops.linear(args[0], cast(Tensor, self.weight), cast("Tensor | None", self.bias))
+        return super().forward(*args, **kwargs)
+
+
 class FusedAttention(Fused):
     """Attention by `ops.causal_attention` between the reader's own projections."""
 
@@ -125,7 +143,7 @@ class FusedAttention(Fused):
         plan: AttentionPlan = self._fastgpt_plan
         if not all(_still(getattr(self, name, None), value) for name, value in plan.state):
             return False
-        if any(_hooked(getattr(self, name, None)) for name in plan.bypassed):
+        if any(is_hooked(getattr(self, name)) for name in plan.bypassed):
             return False
         if plan.dropout is not None and not is_dropout(getattr(self, plan.dropout)):
             return False
@@ -152,7 +170,7 @@ class FusedAttention(Fused):
         return dropout_p(dropout) if on else 0.0
 
 
-def attend(module: nn.Module, plan: AttentionPlan, x: Tensor, p: float, backend: str | None = None) -> Tensor:
+def attend(module: nn.Module, plan: AttentionPlan, x: Tensor, p: float) -> Tensor:
     """The attention of `plan`: the module's own projections, and one op between them.
 
     Args:
@@ -160,13 +178,18 @@ def attend(module: nn.Module, plan: AttentionPlan, x: Tensor, p: float, backend:
         plan: names.
         x: (batch, n_tokens, d_in).
         p: share of attention weights to drop.
-        backend: passed to the op.
 
     Returns:
         (batch, n_tokens, d_out).
     """
-    q, k, v = split_heads(module, plan, project(module, plan, x))
-    out = ops.causal_attention(q, k, v, dropout_p=p, backend=backend).transpose(1, 2).flatten(2)
+    layers = [getattr(module, name) for name in plan.projections]
+    packable = plan.projections in ((plan.query,), (plan.query, plan.key, plan.value))
+    if packable and all(map(is_linear, layers)):
+        made = (layers[0](x),) if len(layers) == 1 else project_qkv(layers[0], layers[1], layers[2], x)
+        out = join_heads(made, 1 if plan.num_heads is None else getattr(module, plan.num_heads), p)
+    else:
+        q, k, v = split_heads(module, plan, project(module, plan, x))
+        out = ops.causal_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
     if plan.out is not None:
         out = getattr(module, plan.out)(out)
     return out
@@ -257,7 +280,12 @@ def rebuild(original: type[nn.Module], plan: Plan, *arguments: Any) -> nn.Module
 
 # One class per reader's class and plan, so that equal blocks stay of equal type; it dies with its last module.
 _classes: weakref.WeakValueDictionary[tuple[type, Plan], type[nn.Module]] = weakref.WeakValueDictionary()
-_BASES: dict[type, type[Fused]] = {NormPlan: FusedLayerNorm, GeluPlan: FusedGELU, AttentionPlan: FusedAttention}
+_BASES: dict[type, type[Fused]] = {
+    NormPlan: FusedLayerNorm,
+    GeluPlan: FusedGELU,
+    LinearPlan: FusedLinear,
+    AttentionPlan: FusedAttention,
+}
 
 
 def fused_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
@@ -283,9 +311,3 @@ def _same(value: Any, default: Any) -> bool:
 
 def _still(value: Any, fresh: Any) -> bool:
     return not isinstance(value, Tensor) and bool(value == fresh)
-
-
-def _hooked(module: nn.Module | None) -> bool:
-    return module is not None and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

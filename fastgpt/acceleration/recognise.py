@@ -16,6 +16,7 @@ from fastgpt.acceleration import fused, probe
 from fastgpt.acceleration.fused import AttentionPlan, GeluPlan, NormPlan, Plan
 from fastgpt.acceleration.probe import Refused
 from fastgpt.acceleration.watch import names_used, written_names
+from fastgpt.fusion import is_hooked
 
 ATTENTION, LAYER_NORM, GELU = "attention", "layer norm", "GELU"
 OPS = {ATTENTION: "ops.causal_attention", LAYER_NORM: "ops.layer_norm", GELU: "ops.gelu"}
@@ -52,7 +53,7 @@ def kind_of(module: nn.Module) -> str | None:
     """What a module looks like, or None. Looking changes nothing and runs nothing."""
     if isinstance(module, fused.Fused):
         kinds = {NormPlan: LAYER_NORM, GeluPlan: GELU, AttentionPlan: ATTENTION}
-        return kinds[type(module._fastgpt_plan)]
+        return kinds.get(type(module._fastgpt_plan))
     if isinstance(module, nn.MultiheadAttention) or _projections(module) is not None:
         return ATTENTION
     if next(module.children(), None) is not None or isinstance(module, nn.ModuleList | nn.Sequential):
@@ -94,7 +95,7 @@ def obstacle(module: nn.Module, kind: str, marks: Marks) -> str | None:
     if kind != ATTENTION:
         return None
     for name, child in module.named_children():
-        if name not in _projection_names(module) and any(fused._hooked(part) for part in child.modules()):
+        if name not in _projection_names(module) and any(is_hooked(part) for part in child.modules()):
             return f"a hook on {name} would be skipped, since the op computes what {name} does"
     return next(
         (f"its {name} is not strictly causal (1 above the diagonal, else 0)" for name in marks if not marks[name]), None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgpt.acceleration import fused
-from fastgpt.acceleration.fused import Plan
+from fastgpt.acceleration.fused import LinearPlan, Plan
 from fastgpt.acceleration.probe import Refused
 from fastgpt.acceleration.recognise import OPS, Marks, is_worth_a_row, kind_of, make_plan, masks, obstacle
 from fastgpt.acceleration.report import Report, Row
@@ -17,9 +17,10 @@ def accelerate(model: nn.Module) -> Report:
     """Let the attention, layer norm and GELU modules of a hand-written model run on fastgpt's ops, in place.
 
     Modules are recognised by what they are made of, not by class, and each is swapped only after its own forward and
-    the op gave the same numbers on random weights. Everything else stays the reader's: the same Parameter objects and
-    names, `state_dict` to the bit, hooks, LoRA layers, the projections themselves. Copies, pickles, DDP, checkpointing
-    and torch.compile work as before. A forward with a cache runs on the op when the cache is not in use.
+    the op gave the same numbers on random weights. Where one was swapped, the model's plain nn.Linear layers run on
+    `ops.linear` too. Everything else stays the reader's: the same Parameter objects and names, `state_dict` to the bit,
+    hooks, LoRA layers. Copies, pickles, DDP, checkpointing and torch.compile work as before. A forward with a cache
+    runs on the op when the cache is not in use.
 
     Not for double backward or torch.func transforms, which the kernels do not offer: `restore` first.
 
@@ -42,7 +43,16 @@ def accelerate(model: nn.Module) -> Report:
         reason = None if isinstance(module, fused.Fused) else _swap(module, kind, known)
         if reason is None or is_worth_a_row(module, kind):
             rows.append(Row(path, kind, reason is None, reason or OPS[kind]))
+    if any(row.swapped for row in rows):
+        _swap_linear_layers(_unwrap(model))
     return Report(tuple(rows), _notes(model))
+
+
+def _swap_linear_layers(model: nn.Module) -> None:
+    """A product is a product: nothing to probe, and no row of the report."""
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            fused.fuse(module, LinearPlan())
 
 
 def restore(model: nn.Module) -> nn.Module:
