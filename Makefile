@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench bench-generate cuda wheel-check clean
+.PHONY: help env demo test lint format bench bench-generate bench-train cuda wheel-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -42,6 +42,9 @@ bench: $(READY)  ## time every op and the model against plain PyTorch (pytest-be
 
 bench-generate: $(READY)  ## race generation against transformers, CTranslate2 and llama.cpp, as far as they are installed
 	$(BIN)/python -m benchmarks.generate
+
+bench-train: $(READY)  ## GPT-2 124M training steps against every way PyTorch has on a CPU (about 20 minutes)
+	$(BIN)/python -m benchmarks.train
 
 cuda: $(READY)  ## compile all CUDA C++ (needs nvcc, no GPU) and list registers and spills
 	$(PIP) install -q 'setuptools>=77' pybind11 ninja
