@@ -37,13 +37,18 @@ def processor() -> str:
     return f"{fields.get('model name', platform.machine())} family {fields.get('cpu family', '?')}"
 
 
-def circumstances() -> dict[str, object]:
-    """What a figure depends on besides the code that it times."""
+def commit_of_this_tree() -> str:
+    """The commit that is checked out, with a mark when files differ from it."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def circumstances() -> dict[str, object]:
+    """What a figure depends on besides the code that it times."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "commit": commit_of_this_tree(),
         "fastgpt": fastgpt.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
