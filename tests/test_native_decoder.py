@@ -272,13 +272,15 @@ def test_damaged_arguments_raise_and_do_not_crash():
     zeros = torch.zeros(3, 1, dtype=torch.int64)
     for steps in (-1, 2**62):
         with pytest.raises(ValueError):
-            decoder.weights.decoder.greedy(decoder.cache.buffer.data_ptr(), 2, 12, zeros.data_ptr(), 1, steps, -1, 0, 1)
+            decoder.weights.decoder.greedy(
+                decoder.cache.buffer.data_ptr(), 0, 2, 12, zeros.data_ptr(), 1, steps, -1, 0, 1
+            )
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda d: d.step(0, 1, 8, 64, 1, 0, 0, 0, 0, 1), "must be called for all weights"),
+        (lambda d: d.step(0, 0, 1, 8, 64, 1, 0, 0, 0, 0, 1), "must be called for all weights"),
         (lambda d: d.set_norm(3, 64, 64, 1e-5), "there are 3 norms"),
         (lambda d: d.set_norm(-1, 64, 64, 1e-5), "there are 3 norms"),
         (lambda d: d.set_norm(0, 0, 64, 1e-5), "null pointer"),
@@ -313,9 +315,11 @@ def test_sizes_that_no_model_has_are_refused(sizes):
 def test_a_cache_of_impossible_size_is_refused():
     decoder = decoder_of(small_model())
     entries = torch.zeros(3, 1, dtype=torch.int64)
-    for cache, batch, capacity in ((0, 1, 4), (64, 2**62, 4), (64, 1, 2**62), (64, -1, 4), (66, 1, 4)):
+    for cache, dtype, batch, capacity in (
+        (0, 0, 1, 4), (64, 0, 2**62, 4), (64, 0, 1, 2**62), (64, 0, -1, 4), (66, 0, 1, 4), (65, 1, 1, 4), (64, 2, 1, 4),
+    ):  # fmt: skip
         with pytest.raises(ValueError):
-            decoder.weights.decoder.step(cache, batch, capacity, entries.data_ptr(), 1, 0, 0, 0, 0, 1)
+            decoder.weights.decoder.step(cache, dtype, batch, capacity, entries.data_ptr(), 1, 0, 0, 0, 0, 1)
 
 
 # Threads and processes.

@@ -38,10 +38,10 @@ class Generator:
         model: a GPT of the book's structure, fastgpt's or the reader's own. Any other callable from token ids (batch,
             n_tokens) to logits (batch, n_tokens, vocab_size) works too, without a cache; `why_plain` then says why.
         dtype: None uses the model's own weights. torch.bfloat16, "int8" and "int4" use packed copies of the matrices
-            (8 and 4 bits with a scale for every 32 weights; with "int4" the head has 8 bits), everything else stays
-            float32; where the native decoder cannot run the model, torch.bfloat16 and every other floating-point dtype
-            use a converted copy. Changed weights are converted again at the next call, except for edits through
-            `.data`, after which `refresh()` is needed.
+            (8 and 4 bits with a scale for every 32 weights; with "int4" the head has 8 bits) and keep keys and values
+            in bfloat16, everything else stays float32. Where the native decoder cannot run the model, torch.bfloat16,
+            as every other floating-point dtype, uses a converted copy. Changed weights are converted again at the next
+            call, except for edits through `.data`, after which `refresh()` is needed.
         shortcuts: do less work for the same tokens, where that pays: multiply only the part of a float32 head that an
             8-bit copy of it leaves open (a quarter more memory for the head), and read what the text so far suggests
             several tokens at a time. False reads all weights for each token.

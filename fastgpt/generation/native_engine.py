@@ -48,9 +48,12 @@ class NativeDecoder:
         self.weights = weights
         self.batch = batch
         self.limit = limit
+        # Packed weights read half the keys and values too; float32 weights keep all of them.
+        dtype = torch.float32 if weights.packs is None else torch.bfloat16
         self.cache = Cache(
-            len(network.blocks), batch, network.n_heads, network.head_dim, limit, like=torch.empty(0, device="cpu")
-        )
+            len(network.blocks), batch, network.n_heads, network.head_dim, limit,
+            like=torch.empty(0, dtype=dtype, device="cpu"),
+        )  # fmt: skip
 
     def step(
         self,
@@ -91,7 +94,7 @@ class NativeDecoder:
         got_logits = torch.empty(len(wanted), self.weights.n_logits) if logits else None
         got_best = torch.empty(len(wanted), dtype=torch.int64) if best else None
         self.weights.decoder.step(
-            self.cache.buffer.data_ptr(), self.batch, self.cache.capacity, entries.data_ptr(), count,
+            *self._cache_place(), self.batch, self.cache.capacity, entries.data_ptr(), count,
             wanted.data_ptr(), len(wanted),
             0 if got_logits is None else got_logits.data_ptr(), 0 if got_best is None else got_best.data_ptr(),
             self.threads(), top_k,
@@ -116,10 +119,14 @@ class NativeDecoder:
         count = entries.shape[1]
         out = torch.empty(steps, count, dtype=torch.int64)
         done = self.weights.decoder.greedy(
-            self.cache.buffer.data_ptr(), self.batch, self.cache.capacity, entries.data_ptr(), count, steps,
+            *self._cache_place(), self.batch, self.cache.capacity, entries.data_ptr(), count, steps,
             -1 if eos_id is None else eos_id, out.data_ptr(), self.threads(),
         )  # fmt: skip
         return out[:done].t()
+
+    def _cache_place(self) -> tuple[int, int]:
+        buffer = self.cache.buffer
+        return buffer.data_ptr(), extension.DTYPE_CODES[buffer.dtype]
 
     def threads(self) -> int:
         """Threads for one step."""

@@ -102,11 +102,11 @@ static void decode_block(const DecodeAttentionArgs& a, DecodeState& state, const
   });
 }
 
-// Keys begin .. end of one head, into a fresh state.
-template <class T>
+// Keys begin .. end of one head, into a fresh state. The query may be of another type than keys and values.
+template <class T, class Q = T>
 static void decode_keys(const DecodeAttentionArgs& a, DecodeState& state, int64_t row, int64_t head, int64_t begin,
                         int64_t end) {
-  const T* q = static_cast<const T*>(a.q) + row * a.q_strides[0] + head * a.q_strides[1];
+  const Q* q = static_cast<const Q*>(a.q) + row * a.q_strides[0] + head * a.q_strides[1];
   const T* k = static_cast<const T*>(a.k) + row * a.k_strides[0] + head * a.k_strides[1];
   const T* v = static_cast<const T*>(a.v) + row * a.v_strides[0] + head * a.v_strides[1];
   float scaled[kMaxHeadDim];

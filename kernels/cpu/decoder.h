@@ -162,29 +162,40 @@ struct DecoderThread {
     multiply(buffers.k, layer.key, x, packed, a.count, begin, end);
     multiply(buffers.v, layer.value, x, packed, a.count, begin, end);
     if (!even) team.wait();
-    write_cache(number, first, last);
-    attend_heads(number, first, last);
+    if (a.cache_dtype == DType::kFloat32) {
+      write_cache<float>(number, first, last);
+      attend_heads<float>(number, first, last);
+    } else {
+      write_cache<Bf16>(number, first, last);
+      attend_heads<Bf16>(number, first, last);
+    }
   }
 
-  float* cached(int64_t layer, int64_t which) const {
-    return a.cache + (layer * 2 + which) * a.batch * model.n_heads * a.capacity * model.head_dim;
+  // Keys (which = 0) or values (1) of a layer.
+  template <class T>
+  T* cached(int64_t layer, int64_t which) const {
+    return static_cast<T*>(a.cache) + (layer * 2 + which) * a.batch * model.n_heads * a.capacity * model.head_dim;
   }
 
+  template <class T>
   void write_cache(int64_t layer, int64_t first, int64_t last) const {
-    float *keys = cached(layer, 0), *values = cached(layer, 1);
+    T *keys = cached<T>(layer, 0), *values = cached<T>(layer, 1);
     for (int64_t m = 0; m < a.count; ++m)
       for (int64_t head = first; head < last; ++head) {
         const int64_t from = m * heads_width() + head * model.head_dim;
         const int64_t to = ((a.rows[m] * model.n_heads + head) * a.capacity + a.positions[m]) * model.head_dim;
-        memcpy(keys + to, buffers.k + from, model.head_dim * sizeof(float));
-        memcpy(values + to, buffers.v + from, model.head_dim * sizeof(float));
+        for_lanes(model.head_dim, [&](int64_t i, int64_t c) {
+          store_lanes(keys + to + i, load_lanes(buffers.k + from + i, c), c);
+          store_lanes(values + to + i, load_lanes(buffers.v + from + i, c), c);
+        });
       }
   }
 
+  template <class T>
   void attend_heads(int64_t layer, int64_t first, int64_t last) const {
     DecodeAttentionArgs args{};
-    args.k = cached(layer, 0);
-    args.v = cached(layer, 1);
+    args.k = cached<T>(layer, 0);
+    args.v = cached<T>(layer, 1);
     args.head_dim = model.head_dim;
     args.n_heads = model.n_heads;
     args.q_strides[1] = model.head_dim;
@@ -197,7 +208,7 @@ struct DecoderThread {
       args.q = buffers.q + m * heads_width();
       args.out = buffers.attended + m * heads_width();
       for (int64_t head = first; head < last; ++head) {
-        decode_keys<float>(args, state, a.rows[m], head, 0, a.positions[m] + 1);
+        decode_keys<T, float>(args, state, a.rows[m], head, 0, a.positions[m] + 1);
         write_out<float>(args, state, head);
       }
     }

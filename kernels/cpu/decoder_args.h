@@ -5,6 +5,8 @@
 
 namespace fastgpt {
 
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
 // How a weight matrix lies in memory: as PyTorch has it, or packed in tiles (decoder_tiles.h).
 enum class WeightFormat : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
@@ -66,7 +68,8 @@ struct ScreenRowsArgs {
 // other.
 struct DecoderStepArgs {
   const DecoderModel* model;
-  float* cache;  // (n_layers, 2, batch, n_heads, capacity, head_dim): keys, values
+  void* cache;  // (n_layers, 2, batch, n_heads, capacity, head_dim): keys, values
+  DType cache_dtype;
   int64_t batch, capacity;
   const int64_t *tokens, *rows, *positions;  // (count)
   int64_t count;

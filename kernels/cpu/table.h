@@ -10,8 +10,6 @@
 
 namespace fastgpt {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
-
 constexpr int64_t kMaxHeadDim = 256;
 
 struct LayerNormForwardArgs {
