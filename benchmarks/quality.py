@@ -37,7 +37,7 @@ from fastgpt.text import load_story
 
 CFG = {
     "vocab_size": 256,
-    "context_length": 256,
+    "context_length": 128,
     "emb_dim": 192,
     "n_heads": 6,
     "n_layers": 4,
@@ -45,7 +45,7 @@ CFG = {
     "qkv_bias": True,
 }
 PRECISIONS: tuple[torch.dtype | str | None, ...] = (None, torch.bfloat16, "int8", "int4")
-BATCH = 16
+BATCH = 8
 SEED = 123
 # Of the docstrings, one in so many is held out.
 HELD_OUT = 20
@@ -80,8 +80,8 @@ def train(text: Tensor, steps: int) -> GPTModel:
     """A model of `text`, trained with AdamW under a cosine schedule."""
     torch.manual_seed(SEED)
     model = GPTModel(CFG)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     length = CFG["context_length"]
     begun = time.perf_counter()
     for step in range(steps):
@@ -93,7 +93,7 @@ def train(text: Tensor, steps: int) -> GPTModel:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step + 1 == steps:
+        if step % 200 == 0 or step + 1 == steps:
             print(f"  step {step}: {loss.item():.3f} nats, {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     return model.eval()
 
@@ -154,8 +154,8 @@ def _divergence(exact: Tensor, logits: Tensor) -> float:
 def main() -> None:
     """Train, measure, append the rows, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
-    parser.add_argument("--windows", type=int, default=48, help="held-out texts of 256 bytes (default 48)")
+    parser.add_argument("--steps", type=int, default=1600, help="training steps (default 1600)")
+    parser.add_argument("--windows", type=int, default=96, help="held-out texts of 128 bytes (default 96)")
     parser.add_argument("--out", type=Path, help="file of JSON lines to append to; '-' only prints")
     args = parser.parse_args()
     text, held_out = texts()

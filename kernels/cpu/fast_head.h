@@ -29,6 +29,12 @@
 //
 // Work: threads take parts of the rows, four far apart at a time (decoder_rows.h). Bytes: the copy once, n + 12 a row,
 // and 4 n for each row that is left.
+//
+// Measured on 2 cores of an AMD EPYC (Zen 3), GPT-2 124M with random weights, float32, 16 tokens in one call, in turns:
+//   full head 108.8 tokens/s, screened 139.9 (1.29 times; the bytes allow 1.31); making the copy 28 ms
+//   rows left of 50,257: 1 to 9 for the best, 123 to 195 for the best 50 (with inputs that stand out: 1 to 9, 127 to
+//   168)
+// Not tried: a screen of 4 bits. Its ||r|| is 18 times as large, so the bound would leave about every row.
 #pragma once
 
 #include <atomic>
