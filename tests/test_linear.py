@@ -106,7 +106,7 @@ def test_torch_compile_sees_one_graph_and_the_same_gradient():
         return ops.packed_linear(x, (a, b), (c, None)).sin().sum()
 
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
-    torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves), rtol=0, atol=0)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,11 @@ def requested(backend: str | None = None) -> str:
     return _override.get() or _from_environment()
 
 
+def is_automatic(backend: str | None = None) -> bool:
+    """True when nobody has named a backend."""
+    return requested(backend) == "auto"
+
+
 def _known(name: str) -> str:
     if name not in env.BACKENDS:
         raise ValueError(f"backend {name!r} is not known; use one of: {', '.join(env.BACKENDS)}.")

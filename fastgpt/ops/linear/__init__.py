@@ -18,6 +18,9 @@ from torch import Tensor
 
 from fastgpt.ops import dispatch, registration
 
+# Products of fewer multiplications take less time than our autograd Function in Python: PyTorch's own is in C++.
+_SMALL = 2**23
+
 BACKENDS = ("cpu", "torch", "reference")
 
 
@@ -98,6 +101,12 @@ def _run(
         out: Tensor = torch.ops.fastgpt.packed_linear(x, list(weights), list(given), has_bias, backend)
         return out
     chosen = OP.choose(Case(device, x.dtype), backend)
+    if (
+        device == "cpu"
+        and x.numel() * sum(len(weight) for weight in weights) < _SMALL
+        and dispatch.is_automatic(backend)
+    ):
+        chosen = OP.module("torch")
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
         return chosen.apply(x, weights, biases)
     if registration.needs_grad(x, *weights, *given):
