@@ -1,4 +1,4 @@
-"""The output head and the loss on the CPU: products by PyTorch, what is between them by kernels/cpu/cross_entropy.h.
+"""The output head and the loss on the CPU: kernels/cpu/cross_entropy.h between the products of linear/products.py.
 
 Beyond the results only the logits of one chunk of rows exist, in one buffer: the products write into it and read from
 it, and the kernel writes the gradient of the logits over them.
@@ -14,13 +14,15 @@ from torch import Tensor
 from fastgpt.ops import cpu_support
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
 from fastgpt.ops.layer_norm.layout import as_rows
-from fastgpt.ops.linear_cross_entropy.backend_torch import add_product
+from fastgpt.ops.linear.products import matmul_into
 
 if TYPE_CHECKING:
     from fastgpt.ops.linear_cross_entropy import Case
 
-# Rows whose logits exist at a time.
-CHUNK_ROWS = 256
+# Rows whose logits exist at a time. Forward and backward of (1024, 768) by (50257, 768) on two Zen 3 cores, as a multiple
+# of PyTorch's linear and cross_entropy: 128 rows 1.9, 256 2.1, 512 2.2, 1024 2.2 to 2.4. Every chunk reads the weights
+# twice, and reads and writes their gradient.
+CHUNK_ROWS = 512
 
 
 def why_not(case: Case) -> str | None:
@@ -49,12 +51,12 @@ def forward(
         for begin in range(0, len(x), CHUNK_ROWS):
             rows = slice(begin, begin + CHUNK_ROWS)
             logits = buffer[: len(x[rows])]
-            torch.mm(x[rows], head.t(), out=logits)
+            matmul_into(logits, x[rows], head.t())
             _cross_entropy(losses[rows], logits, targets[rows], ignore_index, 1 / count, needs_dx or needs_dweight)
             if dx is not None:
-                torch.mm(logits, head, out=dx[rows])
+                matmul_into(dx[rows], logits, head)
             if dweight is not None:
-                add_product(dweight, logits.t(), x[rows], first=begin == 0)
+                matmul_into(dweight, logits.t(), x[rows], accumulate=begin > 0)
         return (losses.double().sum() / count).to(x.dtype), dx, dweight
 
 
