@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import fastgpt
-from benchmarks import cases, model_cases
+from benchmarks import cases, fusion_cases, model_cases
 from fastgpt.ops import extension
 from fastgpt.timing import race
 
@@ -80,6 +80,7 @@ def rows_of(case: cases.Case, rounds: int) -> Iterator[dict[str, object]]:
 def all_cases() -> Iterator[cases.Case]:
     """Ops, then the whole model."""
     yield from cases.op_cases()
+    yield from fusion_cases.fusion_cases()
     yield from model_cases.model_cases()
 
 
