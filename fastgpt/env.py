@@ -97,6 +97,12 @@ def triton_interpret() -> bool:
     return _flag("TRITON_INTERPRET")
 
 
+def malloc_is_tuned() -> bool:
+    """True when the user has set glibc's allocator by environment, which is then left alone."""
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+    return any(name in os.environ for name in names) or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+
+
 def require() -> frozenset[str]:
     """Backends whose tests must not skip."""
     names = os.environ.get("FASTGPT_REQUIRE", "").replace(" ", "").lower()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.memory import kept_memory
 from fastgpt.training.evaluation import evaluate_model, generate_and_print_sample
 from fastgpt.training.loss import calc_loss_batch
 from fastgpt.training.schedules import WarmupCosine
@@ -19,6 +20,7 @@ from fastgpt.training.schedules import WarmupCosine
 _MAX_GRADIENT_NORM = 1.0
 
 
+@kept_memory()
 def train_model_simple(
     model: torch.nn.Module,
     train_loader: Any,
@@ -56,6 +58,7 @@ def train_model_simple(
     return log.train_losses, log.val_losses, log.track_tokens_seen
 
 
+@kept_memory()
 def train_model(
     model: torch.nn.Module,
     train_loader: Any,

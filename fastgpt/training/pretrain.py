@@ -27,6 +27,7 @@ import os
 import time
 from pathlib import Path
 
+from fastgpt.memory import kept_memory
 from fastgpt.model import GPTModel
 from fastgpt.training.checkpoint import read_info
 from fastgpt.training.corpus import open_corpus, reopen_corpus
@@ -147,6 +148,7 @@ def resume(
         return _train(run, reporter or Reporter())
 
 
+@kept_memory()
 def _train(run: Run, reporter: Reporter) -> PretrainResult:
     settings, first_step, seconds = run.settings, run.step, 0.0
     run.model.train()
