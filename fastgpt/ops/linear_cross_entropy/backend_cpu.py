@@ -19,9 +19,9 @@ from fastgpt.ops.linear.products import matmul_into
 if TYPE_CHECKING:
     from fastgpt.ops.linear_cross_entropy import Case
 
-# Rows whose logits exist at a time; every chunk reads the weights twice, and reads and writes their gradient. Forward and
-# backward of (1024, 768) by (50257, 768) on two Zen 3 cores, in times of PyTorch's linear and cross_entropy, which hold
-# all logits: 128 rows 1.9, 256 2.1, 512 2.2, 1024 2.2 to 2.4.
+# Rows whose logits exist at a time; every chunk reads the weights twice, and reads and writes their gradient. Forward
+# and backward of (1024, 768) by (50257, 768) on two Zen 3 cores, in times of PyTorch's linear and cross_entropy, which
+# hold all logits: 128 rows 1.9, 256 2.1, 512 2.2, 1024 2.2 to 2.4.
 CHUNK_ROWS = 512
 
 
