@@ -183,7 +183,7 @@ class Bench:
 
 def distance(got: Tensor, truth: Tensor) -> float:
     """‖got − truth‖ / ‖truth‖; NaN never passes a comparison with it."""
-    wide = truth.double()
+    got, wide = got.detach(), truth.detach().double()
     return float((got.double() - wide).norm() / wide.norm().clamp_min(1e-30))
 
 
