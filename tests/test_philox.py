@@ -85,3 +85,13 @@ def test_seeds_follow_torch_manual_seed():
     torch.manual_seed(5)
     assert philox.draw_seed() == first != second
     assert 0 <= first < 2**63
+
+
+def test_seeds_and_masks_stay_on_the_cpu_whatever_the_default_device():
+    torch.manual_seed(5)
+    seed, mask = philox.draw_seed(), philox.keep_mask(1, 2, 5, 7, 0.5, seed=3)
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        assert philox.draw_seed() == seed
+        assert torch.equal(philox.keep_mask(1, 2, 5, 7, 0.5, seed=3), mask)
+        assert torch.equal(philox.keep_rows(5, 7, 0.5, seed=3), mask[0, 0])

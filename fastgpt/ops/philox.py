@@ -30,7 +30,8 @@ _LOW = 0xFFFFFFFF
 
 def draw_seed() -> int:
     """A seed from torch's default CPU generator, so that torch.manual_seed reproduces a run. 0 <= seed < 2**63 - 1."""
-    return int(torch.randint(2**63 - 1, ()).item())
+    # Wherever new tensors go by default: a draw on a GPU would stop the host until the GPU is done.
+    return int(torch.randint(2**63 - 1, (), device="cpu").item())
 
 
 def threshold(dropout_p: float) -> int:
@@ -71,14 +72,14 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 def keep_mask(batch: int, n_heads: int, q_len: int, k_len: int, dropout_p: float, seed: int, offset: int = 0) -> Tensor:
     """The elements of the attention weights that dropout keeps: (batch, n_heads, q_len, k_len), bool, on the CPU."""
-    c1 = torch.arange(q_len)[:, None]
-    c2 = torch.arange(batch * n_heads)[:, None, None]
+    c1 = torch.arange(q_len, device="cpu")[:, None]
+    c2 = torch.arange(batch * n_heads, device="cpu")[:, None, None]
     return _keep(c1, c2, k_len, dropout_p, seed, offset).view(batch, n_heads, q_len, k_len)
 
 
 def keep_rows(rows: int, n: int, dropout_p: float, seed: int, first_row: int = 0) -> Tensor:
     """The elements of a tensor of rows that dropout keeps: (rows, n), bool, on the CPU."""
-    row = torch.arange(first_row, first_row + rows)[:, None]
+    row = torch.arange(first_row, first_row + rows, device="cpu")[:, None]
     return _keep(row & _LOW, row >> 32, n, dropout_p, seed)
 
 
@@ -89,7 +90,7 @@ def drop_rows(x: Tensor, dropout_p: float, seed: int) -> Tensor:
 
 
 def _keep(c1: Tensor, c2: Tensor, n: int, dropout_p: float, seed: int, offset: int = 0) -> Tensor:
-    column = torch.arange(n)
+    column = torch.arange(n, device="cpu")
     c0 = column // 64 * 8 + column % 8
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     words = torch.stack(philox((c0, c1, c2, torch.full_like(c0, offset)), seed))

@@ -79,7 +79,7 @@ def causal_attention(
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q.shape[-1])
     if torch.compiler.is_compiling():
-        drawn = torch.randint(2**63 - 1, ()) if dropout_p else None
+        drawn = torch.randint(2**63 - 1, (), device="cpu") if dropout_p else None
         call = torch.ops.fastgpt.causal_attention
         out: Tensor = call(q, k, v, drawn, softmax_scale, dropout_p, backend)[0]
         return out

@@ -75,7 +75,7 @@ def dropout_add_layer_norm(
     """
     _check(x, residual, weight, bias, dropout_p)
     if torch.compiler.is_compiling():
-        drawn = torch.randint(2**63 - 1, ()) if dropout_p else None
+        drawn = torch.randint(2**63 - 1, (), device="cpu") if dropout_p else None
         call = torch.ops.fastgpt.dropout_add_layer_norm
         total, normed, *_ = call(x, residual, weight, bias, drawn, dropout_p, eps, backend)
         return total, normed

@@ -67,7 +67,7 @@ def embedding(
     """
     _check(ids, weight, position_weight, dropout_p)
     if torch.compiler.is_compiling():
-        drawn = torch.randint(2**63 - 1, ()) if dropout_p else None
+        drawn = torch.randint(2**63 - 1, (), device="cpu") if dropout_p else None
         out: Tensor = torch.ops.fastgpt.embedding(ids, weight, position_weight, drawn, dropout_p, backend)
         return out
     _check_ids(ids, weight.shape[0])

@@ -49,7 +49,7 @@ def packed_causal_attention(
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(qkv.shape[-1])
     if torch.compiler.is_compiling():
-        drawn = torch.randint(2**63 - 1, ()) if dropout_p else None
+        drawn = torch.randint(2**63 - 1, (), device="cpu") if dropout_p else None
         call = torch.ops.fastgpt.packed_causal_attention
         out: Tensor = call(qkv, drawn, softmax_scale, dropout_p, backend)[0]
         return out
