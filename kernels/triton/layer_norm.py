@@ -25,7 +25,8 @@ def layer_norm_forward_kernel(
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < N)[None, :]
     x = tl.load(x_ptr + (row * x_stride)[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / N
+    # A plain division errs by two units of the last place, which a large mean would carry into every element.
+    mean = tl.div_rn(tl.sum(x, 1), tl.full((ROWS,), N, tl.float32))
     centred = tl.where((column < N)[None, :], x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / N + eps)
     tl.store(mean_ptr + row, mean, mask=row < rows)
