@@ -65,3 +65,22 @@ def test_an_axis_of_one_element_does_not_cost_the_16_byte_accesses():
     assert backend_triton._strides(view) == ([80, 0, 2], 8)
     assert backend_triton._strides(view[..., 1:], view[:, :, ::3])[1] == 8
     assert backend_triton._strides(torch.zeros(3, 2, 5, 17))[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("pass", False),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+    ],
+)
+def test_tf32_is_allowed_where_pytorch_allows_it(setting, allowed):
+    # In a process of its own: PyTorch refuses one way of setting it after the other.
+    if "fp32_precision" in setting and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has no fp32_precision")
+    code = f"import torch; from fastgpt.ops import triton_support; {setting}; print(triton_support.tf32_allowed())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(allowed)

@@ -37,6 +37,14 @@ def interpreting() -> bool:
     return env.triton_interpret()
 
 
+def tf32_allowed() -> bool:
+    """True when PyTorch's own float32 products may round their factors to TF32."""
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on: the older name raises once this one has been set.
+    precision = getattr(matmul, "fp32_precision", "none")
+    return bool(matmul.allow_tf32) if precision == "none" else precision == "tf32"
+
+
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """The guard under which kernels are launched: Triton takes the current device, not the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -140,7 +140,7 @@ def _dropout(dropout_p: float, seed: int) -> tuple[int, int, float]:
 
 
 def _constants(q: Tensor, tile: Any, dropout_p: float, unit: int) -> dict[str, Any]:
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = q.dtype == torch.float32 and triton_support.tf32_allowed()
     return {
         "HEAD_DIM": q.shape[3],
         "BLOCK_D": _block_d(q),
