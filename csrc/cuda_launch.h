@@ -23,5 +23,39 @@ int layer_norm_backward(void* dx, void* dweight, void* dbias, float* partial, co
                         int64_t dout_stride, int64_t x_stride, int parts, DType dtype, DType weight_dtype,
                         void* stream);
 
+// (batch, n_heads, length, head_dim) with a contiguous last axis; strides in elements, multiples of 8, and an address
+// that is a multiple of 16 bytes.
+struct HeadsRef {
+  void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct AttentionCall {
+  int64_t batch, n_heads, q_len, k_len, head_dim;
+  float softmax_scale;  // positive
+  uint64_t seed;
+  uint32_t dropout_threshold;  // 0 .. 65536
+  DType dtype;                 // 16 bits
+  void* stream;
+};
+
+// head_dim from 1 to 128. lse, delta: (batch, n_heads, q_len) float32; backward writes delta.
+int attention_forward(HeadsRef out, float* lse, HeadsRef q, HeadsRef k, HeadsRef v, const AttentionCall& call);
+int attention_backward(HeadsRef dq, HeadsRef dk, HeadsRef dv, float* delta, HeadsRef dout, HeadsRef q, HeadsRef k,
+                       HeadsRef v, HeadsRef out, const float* lse, const AttentionCall& call);
+
+struct DecodeCall {
+  int64_t batch, n_heads, max_len, head_dim;
+  int splits;  // parts of max_len, a block each
+  float softmax_scale;
+  DType dtype;
+  void* stream;
+};
+
+// out: (batch, n_heads, head_dim), contiguous; partial: (batch * n_heads, splits, 2 + head_dim) float32; q: without
+// rows; lengths: (batch,) on the device.
+int decode_attention(void* out, float* partial, HeadsRef q, HeadsRef k, HeadsRef v, const int64_t* lengths,
+                     const DecodeCall& call);
+
 }  // namespace cuda
 }  // namespace fastgpt

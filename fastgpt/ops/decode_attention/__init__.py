@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgpt.ops import dispatch, registration
 
-BACKENDS = ("cpu", "torch", "reference")
+BACKENDS = ("cuda", "cpu", "torch", "reference")
 MAX_HEAD_DIM = 256
 
 

@@ -1,0 +1,105 @@
+"""Causal attention in CUDA C++: kernels/cuda/attention.cuh and attention_backward.cuh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops import cuda_support, philox
+from fastgpt.ops.cuda_support import DTYPE_CODES
+
+if TYPE_CHECKING:
+    from fastgpt.ops.attention import Case
+
+AUTOMATIC = cuda_support.UNPROVEN
+
+MAX_HEAD_DIM = 128
+MAX_HEAD_DIM_WITH_DROPOUT = 64
+# The kernels divide by nothing and fold log2(e) into the scale, so it must be a positive normal number.
+_LEAST_SCALE = 1e-37
+
+
+def why_not(case: Case) -> str | None:
+    """bfloat16 and float16 on the GPU, head_dim up to 128; with dropout and gradients up to 64."""
+    if case.head_dim > MAX_HEAD_DIM:
+        return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {case.head_dim}"
+    if case.dropout and case.grad and case.head_dim > MAX_HEAD_DIM_WITH_DROPOUT:
+        return f"with dropout the gradient kernels take head_dim up to {MAX_HEAD_DIM_WITH_DROPOUT}: more would spill"
+    if case.dtype == torch.float32:
+        return "the kernels take bfloat16 and float16; float32 has no fast product on the tensor cores"
+    return cuda_support.why_not(case.device, case.dtype)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Returns out, laid out as (batch, q_len, n_heads, head_dim), and lse (batch, n_heads, q_len), float32."""
+    with cuda_support.device_of(q):
+        q, softmax_scale = _positive(q, softmax_scale)
+        q, k, v = map(_readable, (q, k, v))
+        out = _like_out(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        cuda_support.load().attention_forward(
+            out.data_ptr(), out.stride(), lse.data_ptr(),
+            q.data_ptr(), _strides(q), k.data_ptr(), _strides(k), v.data_ptr(), _strides(v),
+            _sizes(q, k), softmax_scale, seed, philox.threshold(dropout_p), DTYPE_CODES[q.dtype],
+            cuda_support.stream(),
+        )  # fmt: skip
+        return out, lse
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    softmax_scale: float, dropout_p: float, seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns dq, dk and dv, laid out as (batch, length, n_heads, head_dim)."""
+    with cuda_support.device_of(q):
+        flipped = softmax_scale < 0.0
+        q, softmax_scale = _positive(q, softmax_scale)
+        dout, q, k, v = map(_readable, (dout, q, k, v))
+        out = out if out.stride(3) == 1 else out.contiguous()
+        lse = lse.contiguous()
+        dq, dk, dv = map(_like_out, (q, k, v))
+        delta = torch.empty_like(lse)
+        cuda_support.load().attention_backward(
+            dq.data_ptr(), dq.stride(), dk.data_ptr(), dk.stride(), dv.data_ptr(), dv.stride(), delta.data_ptr(),
+            dout.data_ptr(), _strides(dout), q.data_ptr(), _strides(q), k.data_ptr(), _strides(k),
+            v.data_ptr(), _strides(v), out.data_ptr(), _strides(out), lse.data_ptr(),
+            _sizes(q, k), softmax_scale, seed, philox.threshold(dropout_p), DTYPE_CODES[q.dtype],
+            cuda_support.stream(),
+        )  # fmt: skip
+        return dq.neg_() if flipped else dq, dk, dv
+
+
+def _positive(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """The same scores from a positive scale: the running maximum is taken before the scale."""
+    if softmax_scale < 0.0:
+        q, softmax_scale = -q, -softmax_scale
+    return q, max(softmax_scale, _LEAST_SCALE)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x, or a copy, such that every row begins at a multiple of 16 bytes and its last axis is contiguous."""
+    batch, n_heads, length, head_dim = x.shape
+    contiguous = x.stride(3) == 1 or head_dim == 1
+    if contiguous and x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in _strides(x)[:3]):
+        return x
+    padded = x.new_empty(batch, length, n_heads, (head_dim + 7) // 8 * 8).transpose(1, 2)[..., :head_dim]
+    return padded.copy_(x)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    # An axis of one element is never stepped along, and its stride may be anything.
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _like_out(x: Tensor) -> Tensor:
+    batch, n_heads, length, head_dim = x.shape
+    return torch.empty(batch, length, n_heads, head_dim, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
+    batch, n_heads, q_len, head_dim = q.shape
+    return batch, n_heads, q_len, k.shape[2], head_dim
