@@ -7,12 +7,10 @@ Registers, stack (what spills lie in) and shared memory of each kernel are recor
 from __future__ import annotations
 
 import importlib.util
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from ahead_of_time import SHARED_LIMIT, SIXTEEN_BYTES, compiled, usage
 
 from fastgpt.ops import triton_support
 from fastgpt.ops.attention import backend_triton as attention_backend
@@ -24,8 +22,6 @@ if importlib.util.find_spec("triton") is None:
 if triton_support.interpreting():
     pytest.skip("TRITON_INTERPRET leaves nothing to compile", allow_module_level=True)
 
-# Bytes of shared memory that one program may take.
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 # Bytes of the stack that an attention kernel may spill to beside 255 registers: none under Triton 3.9,
 # up to 96 under 3.6.
 STACK_LIMIT = 128
@@ -39,55 +35,11 @@ CASES = [
     (86, "bf16", 256, True),
     (80, "fp32", 64, True),
 ]
-# A load of four words by one thread.
-SIXTEEN_BYTES = re.compile(r"ld\.global(\.[\w:]+)*\.v4\.b32")
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
-def compiled(kernel, capability, pointers, constants, num_warps, num_stages=3):
-    """The kernel as it is launched: `pointers` gives the dtype of those that are not float32."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, attributes = {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + pointers.get(name, "fp32")
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in ("softmax_scale", "drop_scale", "eps"):
-            signature[name] = "fp32"
-        else:
-            signature[name] = parameter.annotation_type or "i32"
-            if name.endswith("_stride") or name == "n":
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, **triton_support.OPTIONS}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def usage(kernel, record_property, tmp_path):
-    """Shared memory, registers and stack in bytes; the last two are None where cuobjdump does not come with Triton."""
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    registers = stack = None
-    if tool.exists():
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        command = [str(tool), "--dump-resource-usage", str(cubin)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-    for name, value in (("registers", registers), ("stack", stack), ("shared", kernel.metadata.shared)):
-        record_property(name, value)
-    return kernel.metadata.shared, registers, stack
 
 
 def attention(kind, capability, dtype, head_dim, dropout):

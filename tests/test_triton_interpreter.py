@@ -18,21 +18,33 @@ import torch
 from fastgpt.ops import triton_support
 from fastgpt.ops.attention import OP as ATTENTION
 from fastgpt.ops.attention import Case, backend_triton
+from fastgpt.ops.dropout_add_layer_norm import OP as DROPOUT_ADD_LAYER_NORM
+from fastgpt.ops.embedding import OP as EMBEDDING
 from fastgpt.ops.gelu import OP as GELU
 from fastgpt.ops.layer_norm import OP as LAYER_NORM
+from fastgpt.ops.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 
 TESTS = Path(__file__).resolve().parent
 TRITON = importlib.util.find_spec("triton") is not None
+# Thousands of rows take a GPU a moment and the interpreter 20 s; test_triton_rows.py has programs that loop with fewer.
+SLOW = "thousands_of_rows or many_rows or many_chunks or threads_share or thousand_times"
 
 
 @pytest.mark.skipif(not TRITON, reason="triton is not installed")
 @pytest.mark.parametrize(
-    "files", [("test_layer_norm.py", "test_gelu.py"), ("test_triton_attention.py",)], ids=["rows", "attention"]
+    "files",
+    [
+        ("test_layer_norm.py", "test_gelu.py"),
+        ("test_dropout_add_layer_norm.py", "test_embedding.py"),
+        ("test_linear_cross_entropy.py", "test_triton_rows.py"),
+        ("test_triton_attention.py",),
+    ],
+    ids=["norm-gelu", "residual-embedding", "loss", "attention"],
 )
 def test_the_kernels_pass_their_tests_in_the_interpreter(files):
     # Without a GPU: a visible one would be used beside the interpreter, and slowly.
     variables = {"TRITON_INTERPRET": "1", "FASTGPT_REQUIRE": "triton", "CUDA_VISIBLE_DEVICES": ""}
-    options = ["-p", "no:cacheprovider", "-k", "triton"]
+    options = ["-p", "no:cacheprovider", "-k", f"triton and not ({SLOW})"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(str(TESTS / file) for file in files)],
         env=os.environ | variables | {"OMP_NUM_THREADS": "1"},
@@ -55,7 +67,10 @@ def test_bfloat16_attention_is_refused_in_the_interpreter(monkeypatch):
     assert "bfloat16" in ATTENTION.module("triton").why_not(Case("cpu", torch.bfloat16, 64, True, False, False))
 
 
-@pytest.mark.parametrize("op", [ATTENTION, LAYER_NORM, GELU], ids=lambda op: op.name)
+OPS = [ATTENTION, LAYER_NORM, GELU, DROPOUT_ADD_LAYER_NORM, EMBEDDING, LINEAR_CROSS_ENTROPY]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_triton_is_never_chosen_automatically_before_a_gpu_has_run_it(op):
     assert op.module("triton").AUTOMATIC == triton_support.UNPROVEN
 

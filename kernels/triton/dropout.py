@@ -1,4 +1,6 @@
-"""The dropout mask of one tile of attention weights, from Philox4x32-10: the layout of fastgpt/ops/philox.py.
+"""The dropout mask of a tile of attention weights, or of rows of the residual stream, by Philox4x32-10.
+
+The layout is that of fastgpt/ops/philox.py:
 
     counter  c0 = (j // 64) · 8 + j % 8,  c1 = i,  c2 = b · n_heads + h,  c3 = 0          key = seed
     column   j takes 16 bits: slot s = j % 64 // 8, word s // 2, low half when s is even, high half when odd
@@ -21,11 +23,24 @@ import triton.language as tl
 @triton.jit
 def keep_tile(seed, batch_head, first_row, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """True where dropout keeps the weight: (BLOCK_M, BLOCK_N). BLOCK_N, 16, 32 or 64 · g, divides first_column."""
+    row = first_row + tl.arange(0, BLOCK_M)
+    return keep_columns(seed, row, batch_head, first_column, threshold, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def keep_rows(seed, row, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """True where dropout keeps the element of a tensor of rows, whose int64 numbers are `row`: (ROWS, BLOCK)."""
+    low, high = (row & 0xFFFFFFFF).to(tl.int32), (row >> 32).to(tl.int32)
+    return keep_columns(seed, low, high[:, None], 0, threshold, ROWS, BLOCK)
+
+
+@triton.jit
+def keep_columns(seed, c1, c2, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The mask of BLOCK_M rows with counters c1 (BLOCK_M,) and c2, a number or (BLOCK_M, 1), all of them int32."""
     GROUPS: tl.constexpr = (BLOCK_N + 63) // 64
     c0 = first_column // 64 * 8 + tl.arange(0, GROUPS * 8)
-    c1 = first_row + tl.arange(0, BLOCK_M)
     # Not broadcast to one shape: the first rounds then work on rows and columns alone.
-    w0, w1, w2, w3 = tl.philox(seed, c0[None, :], c1[:, None], batch_head, batch_head * 0)
+    w0, w1, w2, w3 = tl.philox(seed, c0[None, :], c1[:, None], c2, c2 * 0)
     part = first_column % 64 // BLOCK_N
     # A join appends an axis, along which its first argument comes first.
     if BLOCK_N == 16:

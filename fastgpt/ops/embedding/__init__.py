@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt.ops import dispatch, philox, registration
 
-BACKENDS = ("cpu", "torch", "reference")
+BACKENDS = ("triton", "cpu", "torch", "reference")
 
 
 class Case(NamedTuple):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import triton_support
-from fastgpt.ops.gelu.unfused import bias_gradient, biased
 
 if TYPE_CHECKING:
     from fastgpt.ops.gelu import Case
@@ -18,32 +17,83 @@ AUTOMATIC = triton_support.UNPROVEN
 # Eight elements a thread: one 16-byte access in 16 bits, two in float32.
 BLOCK = 1024
 NUM_WARPS = 4
+# With a bias: elements of a tile, and its widest row.
+TILE, MAX_COLUMNS = 2048, 1024
+# Backward programs on each multiprocessor.
+PROGRAMS = 8
+SUM_PARTS, SUM_BLOCK = 32, 32
 
 
 def why_not(case: Case) -> str | None:
-    """float32, bfloat16 and float16 on the GPU."""
-    return triton_support.why_not(case.device, case.dtype)
+    """float32, bfloat16 and float16 on the GPU, a bias of that dtype or float32."""
+    return triton_support.why_not(case.device, case.dtype, case.bias_dtype or case.dtype)
+
+
+def tile(n: int) -> tuple[int, int]:
+    """ROWS and BLOCK for rows of n: columns that divide n where that leaves enough of them."""
+    block = n & -n
+    if block < 64:
+        block = max(16, triton_support.next_power_of_2(n))
+    block = min(block, MAX_COLUMNS)
+    return max(1, min(32, TILE // block)), block
 
 
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Returns gelu(x + bias), contiguous."""
-    from fastgpt.kernels.triton.gelu import gelu_forward_kernel as kernel
+    from fastgpt.kernels.triton import gelu as kernels
 
-    x = biased(x, bias).contiguous()
+    x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if n := x.numel():
-        with triton_support.device_of(x):
-            kernel[(-(-n // BLOCK),)](out, x, n, BLOCK=BLOCK, num_warps=NUM_WARPS, **triton_support.OPTIONS)
+    if x.numel() == 0:
+        return out
+    with triton_support.device_of(x):
+        if bias is None:
+            kernels.gelu_forward_kernel[(-(-x.numel() // BLOCK),)](
+                out, x, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS, **triton_support.OPTIONS
+            )
+            return out
+        n = x.shape[-1]
+        count, (rows, block) = x.numel() // n, tile(n)
+        kernels.gelu_bias_forward_kernel[(-(-count // rows), -(-n // block))](
+            out, x, bias.contiguous(), count, N=n, ROWS=rows, BLOCK=block, num_warps=NUM_WARPS, **triton_support.OPTIONS
+        )
     return out
 
 
 def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns dx = dout · gelu'(x + bias), contiguous, and dbias."""
-    from fastgpt.kernels.triton.gelu import gelu_backward_kernel as kernel
+    """Returns dx = dout · gelu'(x + bias), contiguous, and dbias (n,) in the dtype of bias, the same bits every run."""
+    from fastgpt.kernels.triton import gelu as kernels
 
-    x, dout = biased(x, bias).contiguous(), dout.contiguous()
+    x, dout = x.contiguous(), dout.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if n := x.numel():
+    if bias is not None:
+        return dx, _backward_bias(dx, dout, x, bias)
+    if x.numel():
         with triton_support.device_of(x):
-            kernel[(-(-n // BLOCK),)](dx, dout, x, n, BLOCK=BLOCK, num_warps=NUM_WARPS, **triton_support.OPTIONS)
-    return dx, bias_gradient(dx, bias)
+            kernels.gelu_backward_kernel[(-(-x.numel() // BLOCK),)](
+                dx, dout, x, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS, **triton_support.OPTIONS
+            )
+    return dx, None
+
+
+def _backward_bias(dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """Fills dx; returns dbias."""
+    from fastgpt.kernels.triton import gelu as kernels
+
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    if x.numel() == 0:
+        return dbias.zero_()
+    n = x.shape[-1]
+    count, (rows, block) = x.numel() // n, tile(n)
+    columns = -(-n // block)
+    parts = min(-(-count // rows), max(1, PROGRAMS * triton_support.multiprocessors(x) // columns))
+    partial = torch.empty(parts, n, dtype=torch.float32, device=x.device)
+    with triton_support.device_of(x):
+        kernels.gelu_bias_backward_kernel[(parts, columns)](
+            dx, partial, dout, x, bias.contiguous(), count,
+            N=n, ROWS=rows, BLOCK=block, num_warps=NUM_WARPS, **triton_support.OPTIONS,
+        )  # fmt: skip
+        kernels.gelu_bias_sum_kernel[(-(-n // SUM_BLOCK),)](
+            dbias, partial, parts, N=n, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK, num_warps=4, **triton_support.OPTIONS
+        )
+    return dbias
