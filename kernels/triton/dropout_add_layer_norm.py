@@ -38,7 +38,8 @@ def dropout_add_layer_norm_forward_kernel(
     out = (row * N)[:, None] + column[None, :]
     tl.store(total_ptr + out, stored, mask=inside)
     total = stored.to(tl.float32)
-    mean = tl.sum(total, 1) / N
+    # As in layer_norm.py: the mean must be rounded correctly.
+    mean = tl.div_rn(tl.sum(total, 1), tl.full((ROWS,), N, tl.float32))
     centred = tl.where((column < N)[None, :], total - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / N + eps)
     tl.store(mean_ptr + row, mean, mask=row < rows)
