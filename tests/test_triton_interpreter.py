@@ -52,6 +52,9 @@ def test_the_kernels_pass_their_tests_in_the_interpreter(files):
         capture_output=True,
         text=True,
     )
+    # Seen with Triton 3.6 and NumPy 2.4; 3.6 with NumPy 2.3 and 3.9 with 2.4 pass.
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+        pytest.skip("the interpreter of this Triton does not work with this NumPy")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-500:]
 
