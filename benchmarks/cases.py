@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.ops.linear.products import matmul_into
 from fastgpt.testing import GRADIENT_FACTOR, assert_within_bound
 
 BACKENDS = {"book": "reference", "torch": "torch", "fastgpt": "auto"}
@@ -99,6 +100,28 @@ def attention_cases() -> Iterator[Case]:
                 yield case
 
 
+def linear_cases() -> Iterator[Case]:
+    """The three products of a linear layer, each by every engine that `products.py` chooses from. FLOPs: 2 m n k."""
+    sizes = [(1024, 768, 768), (1024, 768, 2304), (1024, 768, 3072), (1024, 3072, 768), (1024, 768, 50257)]
+    sizes += [(2048, 768, 3072), (1024, 1024, 4096), (256, 128, 128), (256, 192, 768)]
+    for rows, n_in, n_out in sizes:
+        x, weight, dout = torch.randn(rows, n_in), torch.randn(n_out, n_in), torch.randn(rows, n_out)
+        for name, a, b in (("forward", x, weight.t()), ("dx", dout, weight), ("dW", dout.t(), x)):
+            yield _product_case(f"linear ({rows}, {n_in}, {n_out}) float32, {name}", a, b)
+
+
+def _product_case(name: str, a: Tensor, b: Tensor) -> Case:
+    outs = {by: torch.empty(a.shape[0], b.shape[1]) for by in ("torch", "onednn", "own")}
+
+    def check() -> None:
+        naive, truth = a @ b, a.double() @ b.double()
+        for by, out in outs.items():
+            assert_within_bound(matmul_into(out, a, b, by=by), naive, truth, factor=GRADIENT_FACTOR)
+
+    providers = {by: partial(matmul_into, out, a, b, by=by) for by, out in outs.items()}
+    return Case(name, providers, 2.0 * a.shape[0] * a.shape[1] * b.shape[1], "GFLOP/s", check)
+
+
 def _short(dtype: torch.dtype) -> str:
     return {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
 
@@ -108,3 +131,4 @@ def op_cases() -> Iterator[Case]:
     yield from layer_norm_cases()
     yield from gelu_cases()
     yield from attention_cases()
+    yield from linear_cases()

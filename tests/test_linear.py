@@ -51,6 +51,11 @@ def test_output_and_gradients_are_within_the_bound(backend, shape, sizes, bias):
     check(*make(shape, sizes, bias=bias), backend)
 
 
+def test_a_layer_large_enough_for_the_own_kernel_is_within_the_bound():
+    torch.manual_seed(0)
+    check(*make((260, 256), (256, 263)), "cpu")
+
+
 def test_linear_is_the_packed_form_of_one_weight():
     x, (weight,), (bias,) = make((4, 6), (5,))
     torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-6)
