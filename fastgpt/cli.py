@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "ask an instruction-tuned model in the terminal",
     "export": "write a model for transformers, or as one file with the book's names",
     "check": "compare what runs here with plain PyTorch: ops, model, generation, training",
+    "bench": "time every op on every backend that runs here; --tune finds the tiles of the GPU kernels",
     "info": "what runs on which kernel on this machine, or why not",
 }
 

@@ -7,13 +7,14 @@
 | FASTGPT_ISA         | instruction set of the CPU kernels: baseline, avx2, avx512, avx512_bf16          |
 | FASTGPT_OFFLINE     | 1: never use the network                                                         |
 | FASTGPT_BPE_DIR     | folder with GPT-2's encoder.json and vocab.bpe                                   |
+| FASTGPT_TILES       | file that `fastgpt bench --tune` writes; else ~/.cache/fastgpt/tiles.json        |
 | FASTGPT_LOG         | level of the "fastgpt" logger: debug, info, warning (default), error             |
 | FASTGPT_REQUIRE     | tests: comma-separated backends whose tests must run, not skip                   |
 | FASTGPT_TEST_DATA   | tests: folder of the third-party test data                                       |
 
 FASTGPT_BUILD_CUDA (auto, 0, 1) is read by setup.py alone. Where other programs keep GPT-2's vocabulary is read from
-their own variables: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, HF_HUB_CACHE, HF_HOME; whether Triton interprets its
-kernels from TRITON_INTERPRET, which must be set before they are imported.
+their own variables: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, HF_HUB_CACHE, HF_HOME; the user's cache from
+XDG_CACHE_HOME; whether Triton interprets its kernels from TRITON_INTERPRET, which must be set before they are imported.
 """
 
 from __future__ import annotations
@@ -77,6 +78,14 @@ def bpe_dir() -> Path | None:
     """The folder that FASTGPT_BPE_DIR names, or None."""
     value = os.environ.get("FASTGPT_BPE_DIR", "").strip()
     return Path(value).expanduser() if value else None
+
+
+def tiles_file() -> Path:
+    """The file of tile sizes that FASTGPT_TILES names, or the one in the user's cache."""
+    value = os.environ.get("FASTGPT_TILES", "").strip()
+    cache = os.environ.get("XDG_CACHE_HOME", "").strip() or os.path.join("~", ".cache")
+    # Not Path.expanduser, which raises for a user without a home.
+    return Path(os.path.expanduser(value or os.path.join(cache, "fastgpt", "tiles.json")))
 
 
 def tiktoken_cache_dirs() -> tuple[Path, ...]:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fastgpt"
 # Lowest first. A module imports from its own layer's package or from a lower layer.
 LAYERS = (
     ("_version", "env"),
-    ("kernels", "config", "memory", "text", "timing"),
+    ("kernels", "config", "memory", "text", "timing", "tuning"),
     ("ops", "testing", "bpe", "vocabulary"),
     ("fusion",),
     ("model", "model_fast", "reference", "tokenizer", "teaching_tokenizers", "token_file", "data"),

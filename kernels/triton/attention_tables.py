@@ -1,11 +1,14 @@
 """Tile sizes of the attention kernels: data, with the reason of each choice.
 
 They come from compiling ahead of time (Triton 3.9: registers, spills, shared memory) and from counting traffic; no GPU
-has timed them yet. "any" must fit into 99 KB of shared memory, the least of the chips from sm_80 on, and is where every
-lookup ends. BLOCK_N is 16, 32 or a multiple of 64, see dropout.py.
+has timed them yet. `fastgpt bench --tune` does, and what it finds goes before them (fastgpt/tuning.py). "any" must fit
+into 99 KB of shared memory, the least of the chips from sm_80 on, and is where every lookup ends. BLOCK_N is 16, 32 or
+a multiple of 64, see dropout.py.
 """
 
 from typing import NamedTuple
+
+from fastgpt import tuning
 
 
 class Tile(NamedTuple):
@@ -75,13 +78,19 @@ BACKWARD_DKDV: dict[Key, Tile] = {
     ("any", 32, 256): Tile(16, 16, 8, 1),
 }
 
+NAMES = {"forward": FORWARD, "backward_dq": BACKWARD_DQ, "backward_dkdv": BACKWARD_DKDV}
+
 # Small, so that small tests have several blocks.
 INTERPRETER = Tile(32, 64, 4, 1)
 
 
 def choose(table: dict[Key, Tile], chip: str, bits: int, block_d: int, dropout: bool) -> Tile:
-    """The nearest row of a table: of this chip with dropout, of this chip, of any chip."""
+    """The nearest row of a table: found by timing here, of this chip with dropout, of this chip, of any chip."""
     if chip == "interpreter":
         return INTERPRETER
+    name = next(name for name, known in NAMES.items() if known is table)
+    found = tuning.lookup(name, chip, bits, block_d, dropout)
+    if found is not None:
+        return Tile(*found)
     own = table.get((chip, bits, block_d, "dropout")) if dropout else None
     return own or table.get((chip, bits, block_d)) or table["any", bits, block_d]
