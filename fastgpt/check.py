@@ -20,6 +20,9 @@ CONFIG = dict(
 )  # fmt: skip
 
 
+Example = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+
+
 @dataclass(frozen=True)
 class CheckResult:
     """One line of the battery."""
@@ -46,8 +49,8 @@ def run_checks(device: str = "auto") -> Iterator[CheckResult]:
             room = importlib.import_module(f"fastgpt.ops.{name}")
             for example in room.EXAMPLE_CASES:
                 case = example._replace(device=device)
-                if getattr(case, "dropout", False):
-                    continue
+                if getattr(case, "dropout", False) or getattr(case, "bias_dtype", True) is None:
+                    continue  # one case of a dtype is enough
                 for backend in room.BACKENDS:
                     if backend != "reference" and room.OP.why_not(backend, case) is None:
                         label = f"{name} {str(case.dtype).removeprefix('torch.')} on {backend}, value and gradients"
@@ -57,30 +60,62 @@ def run_checks(device: str = "auto") -> Iterator[CheckResult]:
         yield _checked("model: losses of 10 training steps", _training)
 
 
-def _attention(dtype: torch.dtype) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def _attention(dtype: torch.dtype) -> Example:
     return ops.causal_attention, tuple(torch.randn(2, 3, 65, 64, dtype=dtype) for _ in range(3))
 
 
-def _layer_norm(dtype: torch.dtype) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def _layer_norm(dtype: torch.dtype) -> Example:
     return ops.layer_norm, (torch.randn(33, 768, dtype=dtype), *torch.randn(2, 768, dtype=dtype))
 
 
-def _gelu(dtype: torch.dtype) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    return ops.gelu, (torch.randn(33, 257, dtype=dtype) * 3,)
+def _packed_attention(dtype: torch.dtype) -> Example:
+    return ops.packed_causal_attention, (torch.randn(2, 65, 3, 3, 64, dtype=dtype),)
 
 
-def _linear(dtype: torch.dtype) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def _residual(dtype: torch.dtype) -> Example:
+    def op(*tensors: Tensor) -> Tensor:
+        return torch.stack(ops.dropout_add_layer_norm(*tensors))
+
+    return op, (*torch.randn(2, 33, 768, dtype=dtype), *torch.randn(2, 768, dtype=dtype))
+
+
+def _gelu(dtype: torch.dtype) -> Example:
+    return ops.gelu, (torch.randn(33, 257, dtype=dtype) * 3, torch.randn(257, dtype=dtype))
+
+
+def _linear(dtype: torch.dtype) -> Example:
     return ops.linear, tuple(torch.randn(shape).to(dtype) for shape in ((33, 65), (129, 65), (129,)))
 
 
-OPS = {"attention": _attention, "layer_norm": _layer_norm, "gelu": _gelu, "linear": _linear}
+def _embedding(dtype: torch.dtype) -> Example:
+    return partial(ops.embedding, torch.randint(257, (2, 33))), tuple(torch.randn(2, 257, 64).to(dtype))
+
+
+def _head_and_loss(dtype: torch.dtype) -> Example:
+    targets = torch.randint(257, (33,))
+    return lambda x, weight: ops.linear_cross_entropy(x, weight, targets), (
+        torch.randn(33, 64).to(dtype),
+        torch.randn(257, 64).to(dtype),
+    )
+
+
+OPS = {
+    "attention": _attention,
+    "packed_causal_attention": _packed_attention,
+    "layer_norm": _layer_norm,
+    "dropout_add_layer_norm": _residual,
+    "gelu": _gelu,
+    "linear": _linear,
+    "embedding": _embedding,
+    "linear_cross_entropy": _head_and_loss,
+}
 
 
 def _checked(name: str, check: Callable[[], str]) -> CheckResult:
     try:
         return CheckResult(name, True, check())
-    except (AssertionError, RuntimeError, ValueError) as error:
-        return CheckResult(name, False, str(error).splitlines()[0])
+    except Exception as error:  # whatever it raises, the check of it is red and the others go on
+        return CheckResult(name, False, (str(error) or type(error).__name__).splitlines()[0])
 
 
 def _op_error(backend: str, op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> str:

@@ -253,6 +253,6 @@ def test_the_check_is_red_when_an_op_is_wrong(monkeypatch, capsys):
     from fastgpt.ops.gelu import backend_torch
 
     right = backend_torch.apply
-    monkeypatch.setattr(backend_torch, "apply", lambda x: right(x) * 1.001)
+    monkeypatch.setattr(backend_torch, "apply", lambda x, bias: right(x, bias) * 1.001)
     assert cli.main(["check", "--device", "cpu"]) == 1
     assert re.search(r"^FAIL +gelu float32 on torch", capsys.readouterr().out, re.M)

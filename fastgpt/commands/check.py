@@ -17,6 +17,6 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
     for result in run_checks(args.device):
         failed += not result.passed
-        print(f"{'ok  ' if result.passed else 'FAIL'}  {result.name:<58} {result.detail}", flush=True)
+        print(f"{'ok  ' if result.passed else 'FAIL'}  {result.name:<72} {result.detail}", flush=True)
     print(f"{failed} checks failed; please report this." if failed else "All equal to plain PyTorch within the bound.")
     return int(failed > 0)
