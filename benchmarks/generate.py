@@ -3,7 +3,7 @@
 GPT-2 124M with random weights that are the same for all (generate_models.py); every engine in a process of its own
 (generate_worker.py), one at work at a time. First the gate: the engines in float32 must give the tokens of the book's
 plain loop; for the others the agreement is stated. Then rounds, with the memory's read bandwidth beside each sample.
-Rows go to results/generate-<instruction set>.jsonl, and issue 5's table is printed.
+Rows go to results/generate-<instruction set>.jsonl, and a table of targets is printed.
 
 Rivals are optional: pip install transformers ctranslate2 gguf llama-cpp-python. The last one is to be built for this
 machine, as by --no-binary llama-cpp-python; any that is missing is named and left out.

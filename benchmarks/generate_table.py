@@ -1,4 +1,4 @@
-"""Issue 5's table from rows: target, rival, ours, ratio, share of the limit."""
+"""The table of targets from rows: target, rival, ours, ratio, share of the limit."""
 
 from __future__ import annotations
 
