@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import cli
+from fastgpt import Generator, cli
+from fastgpt.commands.generate import open_model
 
 TINY = ["--size", "tiny", "--batch-size", "2", "--context", "16", "--tokenizer", "byte", "--eval-every", "5"]
 
@@ -107,6 +108,17 @@ def test_generate_streams_the_prompt_and_its_continuation(trained, capsys):
     assert cli.main(args) == 0
     assert capsys.readouterr().out == first
     assert first.startswith("The tide") and len(first) > len("The tide\n")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4"])
+def test_generate_takes_the_dtype_of_the_weights(trained, capsys, dtype):
+    args = ["generate", "--model", str(trained), "--prompt", "The tide", "--tokens", "9", "--temperature", "0"]
+    assert cli.main([*args, *(["--dtype", dtype] if dtype else [])]) == 0
+    model, tokenizer = open_model(trained)
+    precision = {None: None, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    prompt = torch.tensor([tokenizer.encode("The tide")])
+    ids = Generator(model, dtype=precision).generate(prompt, 9, eos_id=tokenizer.eot_token)
+    assert capsys.readouterr().out == tokenizer.decode(ids[0].tolist()) + "\n"
 
 
 def test_generate_reads_the_prompt_from_standard_input(trained):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastgpt.commands.generate import add_engine_arguments, make_generator, open_model, write_pieces
+
 EXAMPLES = """\
 examples:
   fastgpt chat --model runs/instruct
@@ -27,17 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="the longest answer (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Read questions until the end of input."""
-    import torch
-
-    from fastgpt.commands.generate import open_model
-
     model, tokenizer = open_model(Path(args.model))
-    model.to(torch.device(args.device))
+    generator = make_generator(model, args)
     person = sys.stdin.isatty()
     if person:
         _make_line_editing_work()
@@ -61,25 +59,23 @@ def run(args: argparse.Namespace) -> int:
         elif command.startswith("/"):
             print(HELP)
         elif line:
-            reply(model, tokenizer, {"instruction": line, "input": material}, args)
+            reply(generator, tokenizer, {"instruction": line, "input": material}, args)
             material = ""
 
 
-def reply(model: Any, tokenizer: Any, entry: dict[str, str], args: argparse.Namespace) -> None:
+def reply(generator: Any, tokenizer: Any, entry: dict[str, str], args: argparse.Namespace) -> None:
     """Write one answer, piece by piece; Ctrl-C ends it."""
     import torch
 
-    from fastgpt.commands.generate import write_pieces
     from fastgpt.finetuning import format_prompt
-    from fastgpt.generation import Generator
     from fastgpt.tokenizer import encode_text
 
     ids = list(encode_text(tokenizer, format_prompt(entry)))
-    context = model.pos_emb.weight.shape[0]
+    context = generator.model.pos_emb.weight.shape[0]
     if len(ids) >= context:
         print(f"That is {len(ids)} tokens with its frame, but the model reads {context}; ask something shorter.")
         return
-    tokens = Generator(model).stream(
+    tokens = generator.stream(
         torch.tensor([ids]),
         args.tokens,
         temperature=args.temperature,

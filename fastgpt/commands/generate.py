@@ -13,8 +13,10 @@ EXAMPLES = """\
 examples:
   fastgpt generate --model runs/story --prompt "The machine stood"
   fastgpt generate --model runs/story/best.safetensors --prompt "The" --tokens 200 --temperature 0 --seed 1
+  fastgpt generate --model gpt2 --prompt "The sea" --dtype int8 --stats
   echo "Once upon a time" | fastgpt generate --model runs/story --prompt -
 """
+DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up this probability")
     parser.add_argument("--seed", type=int, help="same seed, same text")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    add_engine_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="tokens and tokens/s to standard error")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the model runs, and with which weights; `chat` has the same."""
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights: float32 (default) is exact; the others round them once, and are read faster",
+    )
+
+
+def make_generator(model: Any, args: argparse.Namespace) -> Any:
+    """A Generator as the arguments say."""
+    import torch
+
+    from fastgpt.generation import Generator
+
+    dtype = {"float32": None, "bfloat16": torch.bfloat16}.get(args.dtype, args.dtype)
+    return Generator(model.to(torch.device(args.device)), dtype=dtype)
 
 
 def open_model(path: Path) -> tuple[Any, Any]:
@@ -63,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
     """Write the prompt and what the model makes of it, token by token."""
     import torch
 
-    from fastgpt.generation import Generator
     from fastgpt.tokenizer import encode_text
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -71,8 +93,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the prompt is empty; give at least one character.")
     model, tokenizer = open_model(Path(args.model))
     ids = torch.tensor([list(encode_text(tokenizer, prompt))])
+    generator = make_generator(model, args)
     start = time.perf_counter()
-    tokens = Generator(model.to(torch.device(args.device))).stream(
+    tokens = generator.stream(
         ids,
         args.tokens,
         temperature=args.temperature,
