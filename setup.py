@@ -28,8 +28,9 @@ ROOT = Path(__file__).parent.resolve()
 CPU_BINDINGS = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "csrc").glob("*.cpp")
-    if path.name not in ("cpu_kernels.cpp", "cuda_module.cpp")
+    if path.name != "cpu_kernels.cpp" and not path.name.startswith("cuda_")
 )
+CUDA_BINDINGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cuda_*.cpp"))
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*_cuda.cu"))
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
@@ -180,7 +181,9 @@ class BuildExtensions(build_ext):
                           f"|| (cat $out.log; exit 1)")  # fmt: skip
         file.rule("link", f"{shlex.quote(nvcc)} {host} -shared -cudart static $in -o $out", depfile=False)
         flags = quoted([*CXX_FLAGS, *self.includes()])
-        objects = [file.build("cuda_module.o", "cxx", [str(ROOT / "csrc/cuda_module.cpp")], flags=flags)]
+        objects = [
+            file.build(f"{Path(source).stem}.o", "cxx", [str(ROOT / source)], flags=flags) for source in CUDA_BINDINGS
+        ]
         objects += [
             file.build(f"{Path(source).stem}.o", "nvcc", [str(ROOT / source)],
                        flags=quoted([*NVCC_FLAGS, *CUDA_ARCHITECTURES]))
@@ -212,7 +215,7 @@ check_link()
 setup(
     ext_modules=[
         Extension("fastgpt._cpu", sources=[*CPU_BINDINGS, "csrc/cpu_kernels.cpp"]),
-        *([Extension("fastgpt._cuda", sources=["csrc/cuda_module.cpp", *CUDA_SOURCES])] if CUDA_SOURCES else []),
+        *([Extension("fastgpt._cuda", sources=[*CUDA_BINDINGS, *CUDA_SOURCES])] if CUDA_SOURCES else []),
     ],
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "checks.h"
+#include "cuda_bindings.h"
 #include "cuda_launch.h"
 
 namespace fastgpt {
@@ -17,11 +18,6 @@ cuda::DType to_cuda_dtype(int code, const char* what) {
 }
 
 int64_t size_of(cuda::DType dtype) { return dtype == cuda::DType::kFloat32 ? 4 : 2; }
-
-// A launch error as an exception that names the op.
-void check_launch(int error, const char* what) {
-  if (error != 0) throw std::runtime_error(std::string(what) + ": CUDA says: " + cuda::error_text(error));
-}
 
 void* to_stream(Address stream) { return reinterpret_cast<void*>(stream); }
 
@@ -207,4 +203,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("attention_forward", &fastgpt::attention_forward);
   module.def("attention_backward", &fastgpt::attention_backward);
   module.def("decode_attention", &fastgpt::decode_attention);
+  fastgpt::bind_cuda_decoder(module);
 }

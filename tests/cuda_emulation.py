@@ -96,7 +96,9 @@ class Emulated:
 def emulate() -> Emulated:
     """The module with all CUDA kernels of the package."""
     csrc = ROOT / "csrc"
-    return Emulated(compiled([csrc / "cuda_module.cpp", *sorted(csrc.glob("*_cuda.cu")), HOST / "controls.cpp"]))
+    return Emulated(
+        compiled([*sorted(csrc.glob("cuda_*.cpp")), *sorted(csrc.glob("*_cuda.cu")), HOST / "controls.cpp"])
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastgpt.generation.engine import Engine, PlainEngine, eval_mode, prefill
 from fastgpt.generation.fast_head import HeadCopy
+from fastgpt.generation.graph_engine import Decoders, GraphEngine, graph_engine
 from fastgpt.generation.native_engine import NativeEngine, make_engine, native_engine
 from fastgpt.generation.native_weights import NotNative, Packs
 from fastgpt.generation.network import Copies, Network, NotRecognised, read_network, unwrap
@@ -21,6 +22,7 @@ from fastgpt.generation.sampling import Sampling
 logger = logging.getLogger("fastgpt")
 
 OVERFLOWS = ("exact", "stop", "slide")
+ENGINES = ("graph",)
 # What the native decoder has packed weights for.
 PRECISIONS = (torch.bfloat16, "int8", "int4")
 _PROBE_TOKENS = 4
@@ -45,18 +47,29 @@ class Generator:
         shortcuts: do less work for the same tokens, where that pays: multiply only the part of a float32 head that an
             8-bit copy of it leaves open (a quarter more memory for the head), and read what the text so far suggests
             several tokens at a time. False reads all weights for each token.
+        engine: None takes the fastest that is proven. "graph" is the decoder for GPUs, one CUDA graph a token, for
+            float32 and bfloat16 models; no GPU has run it yet. Its drawn tokens are others than torch.multinomial's.
 
     Raises:
-        TypeError, ValueError: the model is not callable, or the dtype is not available.
+        TypeError, ValueError: the model is not callable, or the dtype or the engine is not available.
     """
 
     def __init__(
-        self, model: Callable[[Tensor], Tensor], dtype: torch.dtype | str | None = None, *, shortcuts: bool = True
+        self,
+        model: Callable[[Tensor], Tensor],
+        dtype: torch.dtype | str | None = None,
+        *,
+        shortcuts: bool = True,
+        engine: str | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"A Generator needs a model, something to call with token ids; got {type(model).__name__}.")
         _check_dtype(dtype)
+        if engine is not None and engine not in ENGINES:
+            raise ValueError(f"engine={engine!r} is not known; use None or one of: {', '.join(ENGINES)}.")
         self.model = model
+        self.engine = engine
+        self._decoders = Decoders()
         self.dtype = dtype
         self._copies = Copies(dtype) if isinstance(dtype, torch.dtype) else None
         self._packs = Packs(dtype) if dtype in PRECISIONS else None
@@ -184,6 +197,9 @@ class Generator:
 
     def _engine(self, network: Network, overflow: str, budget: int) -> Engine:
         limit = network.context_length
+        if self.engine == "graph":
+            converted = network if self._copies is None else read_network(self.model, self._copies)
+            return graph_engine(converted, limit, overflow, budget, [], self._decoders)
         if self._packs is not None:
             try:
                 return native_engine(network, self._packs, limit, overflow, budget)
@@ -265,9 +281,18 @@ class Session:
                 ended = ended | (rows.lengths >= self.stop_at)
                 if bool(ended.all()):
                     return
-            for tokens in self._next(ended, left, generator).unbind(1):
-                if self.eos_id is not None:
-                    ended = ended | (tokens == self.eos_id).cpu()
+            found = self._next(ended, left, generator)
+            if found.shape[1] > 1 and self.ahead and not may_end:
+                rows.extend(found)
+                self.counts += found.shape[1]
+                left -= found.shape[1]
+                yield found
+                continue
+            # One wait for the device, for all of them.
+            ends = None if self.eos_id is None else (found == self.eos_id).cpu()
+            for number, tokens in enumerate(found.unbind(1)):
+                if ends is not None:
+                    ended = ended | ends[:, number]
                     if bool(ended.all()):
                         return
                 self.counts += ~ended
@@ -280,13 +305,16 @@ class Session:
     def _next(self, ended: Tensor, left: int, generator: torch.Generator | None) -> Tensor:
         """The tokens of the next step, or of several, (batch, n)."""
         rows = self.rows
-        if self.sampling.greedy and isinstance(self.engine, NativeEngine):
-            at_most = left if self.ahead else 1
-            if self.stop_at is not None:
-                at_most = min(at_most, self.stop_at - int(rows.lengths[~ended].max()))
-            tokens = self.engine.greedy_tokens(rows, ended, at_most, self.eos_id)
-            if tokens is not None:
-                return tokens
+        engine, at_most = self.engine, left if self.ahead else 1
+        if self.stop_at is not None:
+            at_most = min(at_most, self.stop_at - int(rows.lengths[~ended].max()))
+        tokens: Tensor | None = None
+        if isinstance(engine, GraphEngine):
+            tokens = engine.next_tokens(rows, ended, at_most, self.sampling, self.eos_id)
+        elif self.sampling.greedy and isinstance(engine, NativeEngine):
+            tokens = engine.greedy_tokens(rows, ended, at_most, self.eos_id)
+        if tokens is not None:
+            return tokens
         return self.sampling.choose(self.engine.next_logits(rows, ended), generator)[:, None]
 
 

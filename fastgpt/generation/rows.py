@@ -51,6 +51,20 @@ class Rows:
         self.lengths = self.lengths + 1
         self.longest += 1
 
+    def extend(self, tokens: Tensor) -> None:
+        """Add several tokens, (batch, n), to every row."""
+        count = tokens.shape[1]
+        if self.longest + count > self.ids.shape[1]:
+            spare = self.ids.new_zeros(len(self.ids), max(count, self.ids.shape[1]))
+            self.ids = torch.cat([self.ids, spare], dim=1)
+        if self.even:
+            self.ids[:, self.longest : self.longest + count] = tokens
+        else:
+            self.ids.scatter_(1, self._positions[:, None] + torch.arange(count, device=tokens.device), tokens)
+            self._positions = self._positions + count
+        self.lengths = self.lengths + count
+        self.longest += count
+
     def newest(self) -> Tensor:
         """The last token of every row, (batch,)."""
         if self.even:

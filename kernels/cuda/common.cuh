@@ -72,5 +72,35 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 #endif
 }
 
+// The same for a kernel that begins with wait_for_previous (mma.cuh): where `overlap`, its blocks may start while the
+// kernel before it ends. Only for chips of compute capability 9, whose machine code waits.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_chained(bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                           cudaStream_t stream, Arguments... arguments) {
+#ifdef __CUDACC__
+  if (overlap) {
+    if (shared > 48 * 1024) {
+      const cudaError_t error = cudaFuncSetAttribute(
+          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      if (error != cudaSuccess) return error;
+    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+#else
+  (void)overlap;
+#endif
+  return launch(kernel, grid, block, shared, stream, arguments...);
+}
+
 }  // namespace cuda
 }  // namespace fastgpt

@@ -86,17 +86,11 @@ __device__ inline float join_parts(int count, int64_t stride, int d, float& m, f
   return acc;
 }
 
-// partial: (batch * n_heads, splits, 2 + head_dim) float32: m in powers of 2, l, acc.
+// The sum over the keys begin .. end - 1 of one head, written to `to`: m in powers of 2, l, acc[head_dim], float32.
 template <class T, int kPacks>
-__global__ void __launch_bounds__(kDecodeWarps* kWarp)
-    decode_attention_kernel(float* partial, const T* q, int64_t q_batch_stride, int64_t q_head_stride, CacheView<T> k,
-                            CacheView<T> v, const int64_t* lengths, DecodeSizes sizes) {
+__device__ inline void attend_part(float* to, const T* q_row, const T* k_head, int64_t k_stride, const T* v_head,
+                                   int64_t v_stride, int64_t begin, int64_t end, const DecodeSizes& sizes) {
   constexpr int kSize = Pack<T>::kSize;
-  const int64_t head = blockIdx.x / sizes.splits, batch = head / sizes.n_heads, h = head % sizes.n_heads;
-  const int split = static_cast<int>(blockIdx.x % sizes.splits);
-  const int64_t part = (sizes.max_len + sizes.splits - 1) / sizes.splits;
-  const int64_t length = lengths[batch] < sizes.max_len ? lengths[batch] : sizes.max_len;
-  const int64_t begin = split * part, end = begin + part < length ? begin + part : length;
   const int lane = threadIdx.x % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int keys = kWarp / sizes.lanes, mine = lane % sizes.lanes;
   const float scale2 = sizes.scale * 1.4426950408889634f;
@@ -109,9 +103,6 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
     const int column = (mine + i * sizes.lanes) * kSize;
     return column < sizes.head_dim ? *reinterpret_cast<const Pack<T>*>(row + column) : zero;
   };
-  const T* q_row = q + batch * q_batch_stride + h * q_head_stride;
-  const T* k_head = k.data + batch * k.batch_stride + h * k.head_stride;
-  const T* v_head = v.data + batch * v.batch_stride + h * v.head_stride;
   Pack<T> query[kPacks];
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) query[i] = load(q_row, i);
@@ -124,8 +115,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
     Pack<T> value[kPacks];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      const Pack<T> piece = exists ? load(k_head + key * k.row_stride, i) : zero;
-      value[i] = exists ? load(v_head + key * v.row_stride, i) : zero;
+      const Pack<T> piece = exists ? load(k_head + key * k_stride, i) : zero;
+      value[i] = exists ? load(v_head + key * v_stride, i) : zero;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) score += to_float(query[i].values[j]) * to_float(piece.values[j]);
     }
@@ -134,24 +125,23 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   }
   for (int step = sizes.lanes; step < kWarp; step *= 2) sum.join(step);
 
-  const int stride = 2 + sizes.head_dim, shared_stride = shared_decode_stride(sizes.head_dim);
+  const int shared_stride = shared_decode_stride(sizes.head_dim);
   float* shared = reinterpret_cast<float*>(dynamic_shared());  // (kDecodeWarps, shared_stride)
   if (lane < sizes.lanes) {
-    float* to = shared + warp * shared_stride;
+    float* warp_sum_place = shared + warp * shared_stride;
     if (lane == 0) {
-      store_shared(to, sum.m);
-      store_shared(to + 1, sum.l);
+      store_shared(warp_sum_place, sum.m);
+      store_shared(warp_sum_place + 1, sum.l);
     }
 #pragma unroll
     for (int i = 0; i < kPacks; ++i)
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const int column = (mine + i * sizes.lanes) * kSize + j;
-        if (column < sizes.head_dim) store_shared(to + 2 + column, sum.acc[i][j]);
+        if (column < sizes.head_dim) store_shared(warp_sum_place + 2 + column, sum.acc[i][j]);
       }
   }
   __syncthreads();
-  float* to = partial + static_cast<int64_t>(blockIdx.x) * stride;
   for (int d = threadIdx.x; d < sizes.head_dim; d += kDecodeWarps * kWarp) {
     float m, l;
     const float acc =
@@ -161,6 +151,22 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
     to[0] = m;
     to[1] = l;
   }
+}
+
+// partial: (batch * n_heads, splits, 2 + head_dim) float32, as attend_part writes them.
+template <class T, int kPacks>
+__global__ void __launch_bounds__(kDecodeWarps* kWarp)
+    decode_attention_kernel(float* partial, const T* q, int64_t q_batch_stride, int64_t q_head_stride, CacheView<T> k,
+                            CacheView<T> v, const int64_t* lengths, DecodeSizes sizes) {
+  const int64_t head = blockIdx.x / sizes.splits, batch = head / sizes.n_heads, h = head % sizes.n_heads;
+  const int split = static_cast<int>(blockIdx.x % sizes.splits);
+  const int64_t part = (sizes.max_len + sizes.splits - 1) / sizes.splits;
+  const int64_t length = lengths[batch] < sizes.max_len ? lengths[batch] : sizes.max_len;
+  const int64_t begin = split * part, end = begin + part < length ? begin + part : length;
+  attend_part<T, kPacks>(partial + static_cast<int64_t>(blockIdx.x) * (2 + sizes.head_dim),
+                         q + batch * q_batch_stride + h * q_head_stride,
+                         k.data + batch * k.batch_stride + h * k.head_stride, k.row_stride,
+                         v.data + batch * v.batch_stride + h * v.head_stride, v.row_stride, begin, end, sizes);
 }
 
 template <class T>
@@ -175,6 +181,13 @@ __global__ void decode_attention_join_kernel(T* out, const float* partial, int64
   out[index] = from_float<T>(acc / l);
 }
 
+// Lanes that share a key of so many pieces of 16 bytes.
+inline int lanes_for(int pieces) {
+  int lanes = 4;
+  while (lanes < kWarp && lanes < pieces) lanes *= 2;
+  return lanes;
+}
+
 template <class T>
 cudaError_t decode_attention(T* out, float* partial, const T* q, int64_t q_batch_stride, int64_t q_head_stride,
                              CacheView<T> k, CacheView<T> v, const int64_t* lengths, DecodeSizes sizes,
@@ -182,8 +195,7 @@ cudaError_t decode_attention(T* out, float* partial, const T* q, int64_t q_batch
   const int64_t heads = sizes.batch * sizes.n_heads;
   if (heads == 0) return cudaSuccess;
   const int pieces = (sizes.head_dim + Pack<T>::kSize - 1) / Pack<T>::kSize;
-  sizes.lanes = 4;
-  while (sizes.lanes < kWarp && sizes.lanes < pieces) sizes.lanes *= 2;
+  sizes.lanes = lanes_for(pieces);
   if (pieces > 2 * kWarp || heads * sizes.splits > 0x7fffffff || heads * sizes.head_dim > (int64_t{0x7fffffff} << 7))
     return cudaErrorInvalidValue;
   const auto kernel = pieces > kWarp ? decode_attention_kernel<T, 2> : decode_attention_kernel<T, 1>;

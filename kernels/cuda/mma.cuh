@@ -105,6 +105,36 @@ __device__ inline uint32_t pack_pair<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// 16 bytes that no other block will ask for: they pass the first cache by.
+__device__ inline Pack<uint32_t> load_once(const void* address) {
+  Pack<uint32_t> out;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out.values[0]), "=r"(out.values[1]), "=r"(out.values[2]), "=r"(out.values[3])
+               : "l"(address));
+  return out;
+}
+
+// What another block of this launch may have written just now.
+__device__ inline float load_fresh(const float* address) { return __ldcg(address); }
+
+// Asks for the 128 bytes around an address to be brought into the second cache.
+__device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// Launches may overlap on sm_90 (programmatic dependent launch): the next kernel of the stream may begin when all
+// blocks have said let_next_begin, and sees what earlier kernels wrote only behind wait_for_previous. Without such a
+// launch, and on other chips, both do nothing.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 2^x within two units of the last place; subnormal results are 0.
 __device__ inline float fast_exp2(float x) {
   float y;

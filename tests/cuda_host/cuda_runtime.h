@@ -29,6 +29,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 inline void __syncthreads() { emulator::sync_threads(); }
 
+inline void __threadfence() {}
+
 inline void __syncwarp(unsigned = 0xffffffffu) {
   int nothing = 0;
   emulator::meet("__syncwarp", &nothing, [](void**) {});
@@ -75,6 +77,11 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
 inline float __expf(float x) { return std::exp(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t{a} * b) >> 32); }
 inline float __uint_as_float(uint32_t x) {

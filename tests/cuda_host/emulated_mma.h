@@ -57,6 +57,16 @@ void copy_async_wait() {
   }
 }
 
+inline Pack<uint32_t> load_once(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) emulator::fail("a load of 16 bytes is not aligned");
+  return *static_cast<const Pack<uint32_t>*>(address);
+}
+
+inline float load_fresh(const float* address) { return *address; }
+inline void prefetch(const void*) {}
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
+
 struct EmulatedMatrices {
   const void* row;
   uint32_t* out;
