@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastgpt import env
+from fastgpt.ops import extension
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +70,18 @@ def op_backend(request: pytest.FixtureRequest) -> Iterator[OpBackend]:
 def any_backend(request: pytest.FixtureRequest) -> Iterator[OpBackend]:
     """As op_backend, and PyTorch's own ops, for rooms where their use needs a proof."""
     yield from _on_its_device(request.param)
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this processor has, in turn."""
+    reason = extension.why_not("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    module = extension.load("cpu")
+    before = module.isa()
+    if request.param not in module.available_isas():
+        pytest.skip(f"this processor and build have no {request.param}")
+    module.select_isa(request.param)
+    yield request.param
+    module.select_isa(before)

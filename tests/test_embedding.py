@@ -187,3 +187,13 @@ def test_torch_compile_sees_one_graph_and_the_kernels_own_gradients(backend, dro
 def test_a_bad_input_is_refused_with_what_is_wanted(change, text):
     with pytest.raises(ValueError, match=text):
         ops.embedding(*change(*inputs(3, 11, 20)))
+
+
+def test_the_gradient_of_a_vocabulary_beyond_the_cache_is_zero_where_no_token_is(isa):
+    # 66,000 rows of 129: above the size from which zeros are streamed, and no row begins at a whole vector.
+    ids = torch.tensor([[0, 65999, 7], [7, 65998, 30000]])
+    weight, position = torch.zeros(66000, 129, requires_grad=True), torch.zeros(3, 129, requires_grad=True)
+    dout = torch.randn(2, 3, 129)
+    got, _ = torch.autograd.grad(ops.embedding(ids, weight, position, backend="cpu"), (weight, position), dout)
+    want = torch.zeros(66000, 129).index_add_(0, ids.flatten(), dout.flatten(0, 1))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)

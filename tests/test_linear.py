@@ -139,20 +139,6 @@ def test_integers_are_refused():
 SIZES = [(1, 1, 1), (7, 17, 3), (6, 16, 8), (14, 32, 16), (33, 257, 777), (97, 8, 1537), (128, 1600, 401), (3, 5, 0)]
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
-def isa(request):
-    """Every instruction set that this processor has, in turn."""
-    if extension.why_not("cpu") is not None:
-        pytest.skip(extension.why_not("cpu"))
-    module = extension.load("cpu")
-    before = module.isa()
-    if request.param not in module.available_isas():
-        pytest.skip(f"this processor and build have no {request.param}")
-    module.select_isa(request.param)
-    yield request.param
-    module.select_isa(before)
-
-
 def matrix(rows, columns, layout, dtype):
     """A matrix of one layout: by rows, by columns, or every second row and third column of a larger one."""
     if layout == "columns":

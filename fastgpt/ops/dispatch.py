@@ -80,11 +80,15 @@ class Op:
         self.name: Final = package.rpartition(".")[2]
         self.backends: Final = backends
         self._chosen: dict[tuple[Any, str], ModuleType] = {}
+        self._modules: dict[str, ModuleType] = {}
 
     def module(self, backend: str) -> ModuleType:
         """The module of one backend, imported when first needed."""
-        stem = "reference" if backend == "reference" else f"backend_{backend}"
-        return importlib.import_module(f"{self.package}.{stem}")
+        module = self._modules.get(backend)
+        if module is None:
+            stem = "reference" if backend == "reference" else f"backend_{backend}"
+            module = self._modules[backend] = importlib.import_module(f"{self.package}.{stem}")
+        return module
 
     def why_not(self, backend: str, case: Any) -> str | None:
         """Why this backend cannot run this case, or None when it can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,21 @@ def register(
 def needs_grad(*tensors: Tensor) -> bool:
     """True when autograd records what is done with these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's decorator of that name for the backward of an autograd Function, without its cost in training.
+
+    Only where a graph of the gradients is made (create_graph=True) is there anything to forbid; elsewhere PyTorch's
+    wrapper takes as long as all else that our backwards do in Python.
+    """
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
 
 
 def native_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:

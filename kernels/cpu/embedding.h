@@ -45,6 +45,9 @@ static void embedding_forward_kernel(const EmbeddingForwardArgs& a) {
   });
 }
 
+// From this size on no cache keeps the gradient of the vocabulary until it is read: its zeros go past the caches.
+constexpr int64_t kStreamedBytes = int64_t{32} << 20;
+
 // Sums rows of dout, masked, into one row of a gradient: add(row) for each, then write(out).
 template <class T>
 struct EmbeddingSum {
@@ -93,12 +96,16 @@ static void embedding_backward_kernel(const EmbeddingBackwardArgs& a) {
   const int64_t n = a.n;
   const RowDropout dropout(a.seed, a.dropout_threshold);
   const int threads = threads_for((a.vocab_size + a.batch * a.n_tokens) * n, 16384, a.num_threads);
+  const bool beyond_cache = static_cast<int64_t>(sizeof(T)) * n * a.vocab_size >= kStreamedBytes;
   parallel_ranges(a.vocab_size, threads, [&](int64_t begin, int64_t end, int thread) {
     EmbeddingSum<T> sum(a, dropout, thread);
     for (int64_t id = begin; id < end; ++id) {
       T* out = static_cast<T*>(a.dweight) + id * n;
       if (a.first[id] < 0) {
-        memset(out, 0, sizeof(T) * n);
+        const int64_t unused = id;
+        while (id + 1 < end && a.first[id + 1] < 0) ++id;
+        const int64_t bytes = static_cast<int64_t>(sizeof(T)) * n * (id + 1 - unused);
+        beyond_cache ? stream_zeros(out, bytes) : static_cast<void>(memset(out, 0, bytes));
         continue;
       }
       for (int64_t row = a.first[id]; row >= 0; row = a.next[row]) sum.add(row);

@@ -142,7 +142,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = ctx.chosen.backward(dout, *ctx.saved_tensors, *ctx.settings)
         return dq, dk, dv, None, None, None, None

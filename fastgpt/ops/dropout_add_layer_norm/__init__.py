@@ -125,7 +125,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @registration.once_differentiable
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
         total, *saved = ctx.saved_tensors
         if dnormed is None:

@@ -141,7 +141,7 @@ class _Embedding(torch.autograd.Function):
         return chosen.forward(ids, weight, position_weight, dropout_p, seed)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dweight, dposition = ctx.chosen.backward(dout, *ctx.saved_tensors, *ctx.settings)
         return None, dweight, dposition, None, None, None

@@ -92,7 +92,7 @@ class _Gelu(torch.autograd.Function):
         return chosen.forward(x, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.chosen.backward(dout, *ctx.saved_tensors), None
 

@@ -75,7 +75,7 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, dbias = ctx.chosen.backward(dout, *ctx.saved_tensors)
         return dx, dweight, dbias, None, None

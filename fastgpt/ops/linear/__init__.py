@@ -100,18 +100,18 @@ def _run(
         has_bias = [bias is not None for bias in biases]
         out: Tensor = torch.ops.fastgpt.packed_linear(x, list(weights), list(given), has_bias, backend)
         return out
+    if device == "cpu" and _is_small(x, weights) and dispatch.is_automatic(backend):
+        return OP.module("torch").apply(x, weights, biases)
     chosen = OP.choose(Case(device, x.dtype), backend)
-    if (
-        device == "cpu"
-        and x.numel() * sum(len(weight) for weight in weights) < _SMALL
-        and dispatch.is_automatic(backend)
-    ):
-        chosen = OP.module("torch")
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
         return chosen.apply(x, weights, biases)
     if registration.needs_grad(x, *weights, *given):
         return _PackedLinear.apply(x, chosen, len(weights), *weights, *biases)
     return chosen.forward(x, weights, biases)
+
+
+def _is_small(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+    return x.numel() * sum(weight.shape[0] for weight in weights) < _SMALL
 
 
 def _check(name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> None:
@@ -152,7 +152,7 @@ class _PackedLinear(torch.autograd.Function):
         return chosen.forward(x, weights, biases)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]

@@ -126,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @registration.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         # Handed out, not kept: the gradient of the head can then become its .grad without a copy.
         grads, ctx.grads = ctx.grads, None

@@ -95,7 +95,7 @@ class _PackedCausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.chosen.backward(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
