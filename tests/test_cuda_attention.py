@@ -14,6 +14,7 @@ from fastgpt.ops import philox
 from fastgpt.testing import GRADIENT_FACTOR, assert_within_bound
 
 ROOM = importlib.import_module("fastgpt.ops.attention")
+PACKED = importlib.import_module("fastgpt.ops.packed_causal_attention")
 # Blocks of the kernels are 64 and 128 long.
 LENGTHS = [(1, 1), (3, 3), (63, 63), (64, 64), (65, 65), (129, 129), (1, 70), (5, 130), (66, 131)]
 
@@ -21,7 +22,7 @@ LENGTHS = [(1, 1), (3, 3), (63, 63), (64, 64), (65, 65), (129, 129), (1, 70), (5
 @pytest.fixture(scope="module")
 def emulated():
     emulated = emulate()
-    with as_cuda_backend(emulated, ROOM.OP):
+    with as_cuda_backend(emulated, ROOM.OP, PACKED.OP):
         yield emulated
 
 
@@ -121,6 +122,28 @@ def test_packed_views_are_read_in_place(emulated):
     backend = ROOM.OP.module("cuda")
     assert all(backend._readable(x) is x for x in inputs)
     check(inputs, torch.randn(2, 2, 67, 64, generator=generator).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("head_dim", "dropout_p"), [(64, 0.2), (24, 0.0), (7, 0.0)])
+def test_the_packed_gradient_is_written_in_place_and_equals_the_unpacked_one(emulated, head_dim, dropout_p):
+    generator = torch.Generator().manual_seed(head_dim)
+    qkv = torch.randn(2, 66, 3, 2, head_dim, generator=generator).to(torch.bfloat16)
+    dout = torch.randn(2, 66, 2, head_dim, generator=generator).to(torch.bfloat16)
+
+    def unpacked(qkv):
+        q, k, v = PACKED.split(qkv)
+        return ops.causal_attention(q, k, v, dropout_p=dropout_p, backend="cuda").transpose(1, 2)
+
+    def packed(qkv):
+        return ops.packed_causal_attention(qkv, dropout_p=dropout_p, backend="cuda")
+
+    results = []
+    for function in (packed, unpacked):
+        torch.manual_seed(0)
+        results.append(with_gradients(function, [qkv], dout))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert results[0][1].is_contiguous()
 
 
 def test_rows_that_are_not_aligned_are_copied(emulated):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from cuda_emulation import as_cuda_backend, emulate
 
+from benchmarks.gpu import decode
+from benchmarks.gpu.bench import Bench
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.generation import graph_engine
 from fastgpt.generation.cache import Cache
@@ -190,3 +192,10 @@ def test_a_layer_of_gpt2s_width_gives_the_tokens_of_the_plain_loop():
     torch.manual_seed(0)
     model = GPTModel(cfg).eval()
     assert tokens_of(model, [torch.tensor([1, 2, 3])], 3) == tokens_of(model, [torch.tensor([1, 2, 3])], 3, None)
+
+
+def test_the_gates_that_a_gpu_will_meet_pass(tmp_path):
+    with Bench(tmp_path / "rows.jsonl", "decode", 60.0, dry_run=True) as bench:
+        assert "fastgpt graph" in decode.gate_tokens(bench)
+        decode.gate_logits(bench)
+    assert not bench.failures

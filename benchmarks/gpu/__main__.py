@@ -28,7 +28,7 @@ SECTIONS = {
     "attention": 110,
     "fused": 80,
     "loss": 50,
-    "decode": 70,
+    "decode": 110,
     "training": 120,
     "sanitizer": 90,
 }

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt
 from benchmarks.gpu.bench import Bench, gate
-from benchmarks.gpu.whole import decode, training
+from benchmarks.gpu.decode import decode
+from benchmarks.gpu.whole import training
 from fastgpt import ops
 from fastgpt.ops.dispatch import Op
 

@@ -41,6 +41,8 @@ _LEAST_KEYS = 32
 _ROOM = 256
 # Decoders that are kept for later calls.
 _KEPT = 4
+# Whether new decoders let kernels overlap (programmatic dependent launch); benchmarks try both.
+OVERLAP = False
 _GREEDY, _DRAWN, _TOP_K = range(3)
 
 
@@ -51,7 +53,7 @@ class GraphDecoder:
         weights: what to run.
         batch: rows.
         room: the longest row.
-        overlap: let kernels begin while the one before ends; compute capability 9 only.
+        overlap: let kernels begin while the one before ends; compute capability 9 only. None for `OVERLAP`.
         keep_logits: leave the logits of each step in `logits`, also where nothing but the tokens is needed.
 
     Attributes:
@@ -59,11 +61,12 @@ class GraphDecoder:
     """
 
     def __init__(
-        self, weights: StepWeights, batch: int, room: int, overlap: bool = False, keep_logits: bool = False
+        self, weights: StepWeights, batch: int, room: int, overlap: bool | None = None, keep_logits: bool = False
     ) -> None:
         network = weights.network
         self.key = (weights.key, batch)
-        self.batch, self.room, self.overlap, self.keep_logits, self.weights = batch, room, overlap, keep_logits, weights
+        self.batch, self.room, self.keep_logits, self.weights = batch, room, keep_logits, weights
+        self.overlap = OVERLAP if overlap is None else overlap
         self.cache = Cache(len(network.blocks), batch, network.n_heads, network.head_dim, room, like=network.tok_emb)
         with torch.inference_mode(False):
             self.cache.reserve(room)

@@ -29,13 +29,18 @@ def why_not(device: str, *dtypes: torch.dtype) -> str | None:
     return extension.why_not("cuda") or chip()
 
 
-@functools.cache
 def chip() -> str | None:
-    """Why the kernels cannot run on the current GPU, or None."""
+    """Why the kernels cannot run on one of the GPUs, or None: a choice holds for all GPUs of the process."""
+    return next((reason for i in range(torch.cuda.device_count()) if (reason := chip_of(i)) is not None), None)
+
+
+@functools.cache
+def chip_of(index: int) -> str | None:
+    """Why the kernels cannot run on this GPU, or None."""
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"the kernels need compute capability 8.0, the device has {major}.{minor}"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"the kernels need compute capability 8.0, GPU {index} has {major}.{minor}"
 
 
 def load() -> ModuleType:

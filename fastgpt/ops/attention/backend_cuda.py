@@ -52,19 +52,19 @@ def forward(
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    softmax_scale: float, dropout_p: float, seed: int,
+    softmax_scale: float, dropout_p: float, seed: int, *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns dq, dk and dv, laid out as (batch, length, n_heads, head_dim)."""
+    """Returns dq, dk and dv: `grads`, which are written in place, or new ones as (batch, length, n_heads, head_dim)."""
     with cuda_support.device_of(q):
         flipped = softmax_scale < 0.0
         q, softmax_scale = _positive(q, softmax_scale)
         dout, q, k, v = map(_readable, (dout, q, k, v))
         out = out if out.stride(3) == 1 else out.contiguous()
         lse = lse.contiguous()
-        dq, dk, dv = map(_like_out, (q, k, v))
+        dq, dk, dv = map(_like_out, (q, k, v)) if grads is None else grads
         delta = torch.empty_like(lse)
         cuda_support.load().attention_backward(
-            dq.data_ptr(), dq.stride(), dk.data_ptr(), dk.stride(), dv.data_ptr(), dv.stride(), delta.data_ptr(),
+            dq.data_ptr(), _strides(dq), dk.data_ptr(), _strides(dk), dv.data_ptr(), _strides(dv), delta.data_ptr(),
             dout.data_ptr(), _strides(dout), q.data_ptr(), _strides(q), k.data_ptr(), _strides(k),
             v.data_ptr(), _strides(v), out.data_ptr(), _strides(out), lse.data_ptr(),
             _sizes(q, k), softmax_scale, seed, philox.threshold(dropout_p), DTYPE_CODES[q.dtype],

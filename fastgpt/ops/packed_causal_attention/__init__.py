@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgpt.ops import attention, dispatch, philox, registration
 from fastgpt.ops.attention import Case
 
-BACKENDS = ("triton", "cpu", "torch", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
 
 OP = dispatch.Op(__name__, BACKENDS)
 EXAMPLE_CASES = attention.EXAMPLE_CASES
