@@ -34,7 +34,7 @@ SLOW = "thousands_of_rows or many_rows or many_chunks or threads_share or thousa
 @pytest.mark.parametrize(
     "files",
     [
-        ("test_layer_norm.py", "test_gelu.py"),
+        ("test_layer_norm.py", "test_gelu.py", "test_triton_rounding.py"),
         ("test_dropout_add_layer_norm.py", "test_embedding.py"),
         ("test_linear_cross_entropy.py", "test_triton_rows.py"),
         ("test_triton_attention.py",),

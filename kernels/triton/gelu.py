@@ -9,6 +9,13 @@ multiple of 16, with 16-byte accesses, and one for the others. With a bias: a pr
 The backward runs a fixed number of programs for each block of columns, which stride over the rows and keep their share
 of dbias in registers; a last kernel adds the shares in a fixed order, so that every run gives the same bits. All is
 computed in float32.
+
+Error: a GPU divides (div.full) and takes powers of two (ex2.approx) with an error of up to 2 units of the last place,
+2.4e-7. That of the power reaches the sigmoid through s (1 - s) <= 1/4. That of the division would reach it whole, and
+with the rounding of 1 + e end above 3e-7; so a quotient y of x and d is corrected by its residual, y + (x - y d) / d,
+in fused multiply-adds, and then errs by little more than one rounding. That takes 3 to 4 instructions an element, the
+exactly rounded division (div_rn) 23 and a branch, counted in what Triton 3.9 compiles for sm_90.
+tests/test_triton_rounding.py lets both instructions err as far as they may.
 Bytes: forward one read and one write of the tensor, backward two reads and one write.
 Paper: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
 """
@@ -91,15 +98,21 @@ def gelu_bias_sum_kernel(dbias_ptr, partial_ptr, parts, N: tl.constexpr, PARTS: 
 
 @triton.jit
 def _gelu(x):
-    # Far left the product would end as -inf * 0.
-    return tl.where(x < -FAR, 0.0, x / (1.0 + _exponential(_near(x))))
+    d = 1.0 + _exponential(_near(x))
+    reciprocal = 1.0 / d
+    y = x * reciprocal
+    y = tl.fma(tl.fma(-y, d, x), reciprocal, y)
+    # Far out the value is x or 0, and the products would end as -inf * 0 or inf - inf.
+    return tl.where(x > FAR, x, tl.where(x < -FAR, 0.0, y))
 
 
 @triton.jit
 def _derivative(x):
     x = _near(x)
     e = _exponential(x)
-    s = 1.0 / (1.0 + e)
+    d = 1.0 + e
+    reciprocal = 1.0 / d
+    s = tl.fma(tl.fma(-reciprocal, d, 1.0), reciprocal, reciprocal)
     # 1 - s as e * s: the difference would lose the digits that the large factor behind it brings back.
     return s + x * s * (e * s) * ((1.0 + x * x * (3.0 * CUBIC)) * TWO_SQRT_2_OVER_PI)
 
