@@ -16,24 +16,31 @@ from fastgpt.ops import triton_support
 from fastgpt.ops.attention import backend_triton as attention_backend
 from fastgpt.ops.gelu import backend_triton as gelu_backend
 from fastgpt.ops.layer_norm import backend_triton as layer_norm
+from fastgpt.tuning import triton_version
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 if triton_support.interpreting():
     pytest.skip("TRITON_INTERPRET leaves nothing to compile", allow_module_level=True)
 
-# Bytes of the stack that an attention kernel may spill to beside 255 registers: none under Triton 3.9,
-# up to 96 under 3.6.
-STACK_LIMIT = 128
+# Bytes of the stack that an attention kernel may spill to beside 255 registers: none under Triton 3.9, for which the
+# tiles were chosen, up to 96 under 3.6.
+STACK_LIMIT = 0 if triton_version().startswith("3.9.") else 128
+# No tile of 16 found mends these 280 to 360 bytes: the compiler keeps whole rows of q and dout in registers over the
+# loop, as the scalar units want them. Only tl.range(disable_licm=True), not in Triton before 3.4, brings them to 32.
+KNOWN = {("backward_dq", "fp32", 256): 384}
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
 FORWARD, DQ, DKDV = "forward", "backward_dq", "backward_dkdv"
 
 # capability, dtype, head_dim, dropout: the common case, padding, the largest head on the smallest chip, true float32.
 CASES = [
     *((capability, "bf16", 64, dropout) for capability in (80, 90) for dropout in (False, True)),
+    (80, "bf16", 128, True),
+    (90, "bf16", 128, True),
     (90, "fp16", 80, False),
     (86, "bf16", 256, True),
     (80, "fp32", 64, True),
+    (90, "fp32", 256, True),
 ]
 
 
@@ -48,13 +55,13 @@ def attention(kind, capability, dtype, head_dim, dropout):
     from fastgpt.kernels.triton import attention_backward as backward
     from fastgpt.kernels.triton import attention_tables as tables
 
-    kernel, table = {
-        FORWARD: (forward.causal_attention_forward_kernel, tables.FORWARD),
-        DQ: (backward.causal_attention_backward_dq_kernel, tables.BACKWARD_DQ),
-        DKDV: (backward.causal_attention_backward_dkdv_kernel, tables.BACKWARD_DKDV),
+    kernel = {
+        FORWARD: forward.causal_attention_forward_kernel,
+        DQ: backward.causal_attention_backward_dq_kernel,
+        DKDV: backward.causal_attention_backward_dkdv_kernel,
     }[kind]
     block_d = triton_support.next_power_of_2(head_dim)
-    tile = tables.choose(table, f"sm_{capability}", BITS[dtype], block_d, dropout)
+    tile = tables.choose(f"attention_{kind}", f"sm_{capability}", BITS[dtype], block_d, dropout)
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "DROPOUT": dropout, "PRECISION": "ieee", "UNIT": 8,
@@ -73,8 +80,7 @@ def test_attention_compiles_fits_and_takes_the_right_units(
     kernel = attention(kind, capability, dtype, head_dim, dropout)
     shared, _, stack = usage(kernel, record_property, tmp_path)
     assert shared <= SHARED_LIMIT[capability]
-    if head_dim == 64 and BITS[dtype] == 16:
-        assert (stack or 0) <= STACK_LIMIT, f"{stack} bytes of spills"
+    assert (stack or 0) <= KNOWN.get((kind, dtype, head_dim), STACK_LIMIT), f"{stack} bytes of spills"
     ptx = kernel.asm["ptx"]
     assert "tf32" not in ptx
     if dtype == "fp32":
@@ -101,13 +107,15 @@ def test_gelu_compiles_without_spills(name, capability, record_property, tmp_pat
 @pytest.mark.parametrize("name", ["forward", "backward", "backward_sum"])
 def test_layer_norm_compiles_without_spills(name, n, capability, record_property, tmp_path):
     from fastgpt.kernels.triton import layer_norm as kernels
+    from fastgpt.kernels.triton.row_tables import choose
 
-    rows, block, num_warps = layer_norm.tile(n, 1 if name == "forward" else 2)
-    constants = {"N": n, "ROWS": rows, "BLOCK": block}
+    block = layer_norm.block(n)
+    tile = choose("layer_norm_forward" if name == "forward" else "layer_norm_backward", "sm_90", 16, block)
+    constants = {"N": n, "ROWS": tile.rows, "BLOCK": block}
     if name == "backward_sum":
         constants = {"N": n, "PARTS": layer_norm.SUM_PARTS, "BLOCK": layer_norm.SUM_BLOCK}
     pointers = dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr", "bias_ptr", "dx_ptr", "dout_ptr"), "bf16")
-    kernel = compiled(getattr(kernels, f"layer_norm_{name}_kernel"), capability, pointers, constants, num_warps)
+    kernel = compiled(getattr(kernels, f"layer_norm_{name}_kernel"), capability, pointers, constants, tile.num_warps)
     shared, _, stack = usage(kernel, record_property, tmp_path)
     assert shared <= SHARED_LIMIT[capability] and not stack
     assert SIXTEEN_BYTES.search(kernel.asm["ptx"])

@@ -19,11 +19,11 @@ if triton_support.interpreting():
 
 from ahead_of_time import SHARED_LIMIT, SIXTEEN_BYTES, compiled, usage
 
-from fastgpt.ops.embedding import backend_triton as embedding
+from fastgpt.kernels.triton import row_tables
 from fastgpt.ops.gelu import backend_triton as gelu
 from fastgpt.ops.layer_norm import backend_triton as layer_norm
-from fastgpt.ops.linear_cross_entropy import backend_triton as cross_entropy
 
+NORM, TOKENS = "dropout_add_layer_norm", "embedding"
 # Pointers that are float32 (or an integer) whatever the dtype of the tensors.
 FIXED = {
     "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32", "losses_ptr": "fp32",
@@ -36,37 +36,43 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def rows(n, share, **constants):
-    height, block, num_warps = layer_norm.tile(n, share)
-    return {"N": n, "ROWS": height, "BLOCK": block, **constants}, num_warps
+def rows(kernel, n, dropout=False, **constants):
+    tile = row_tables.choose(kernel, "sm_90", 16, layer_norm.block(n), dropout)
+    return {"N": n, "ROWS": tile.rows, "BLOCK": layer_norm.block(n), **constants}, tile.num_warps
 
 
-def gelu_rows(n):
-    height, block = gelu.tile(n)
-    return {"N": n, "ROWS": height, "BLOCK": block}, gelu.NUM_WARPS
+def norm(kernel, n, dropout, **constants):
+    return rows(f"{NORM}_{kernel}", n, dropout, DROPOUT=dropout, **constants)
+
+
+def gelu_rows(kernel, n):
+    tile = row_tables.choose(kernel, "sm_90", 16, layer_norm.block(n))
+    height, block = gelu.sides(n, tile)
+    return {"N": n, "ROWS": height, "BLOCK": block}, tile.num_warps
 
 
 def runs(n, dropout):
-    return {"N": n, "ROWS": embedding.RUN_ROWS, "BLOCK": embedding.RUN_COLUMNS, "DROPOUT": dropout}, 4
+    tile = row_tables.choose("embedding_backward", "sm_90", 16, layer_norm.block(n), dropout)
+    return {"N": n, "ROWS": tile.rows, "BLOCK": tile.columns, "DROPOUT": dropout}, tile.num_warps
 
 
 def loss(gradient):
-    return {"PADDED": 50304, "BLOCK": cross_entropy.BLOCK, "GRADIENT": gradient}, cross_entropy.NUM_WARPS
+    tile = row_tables.choose("cross_entropy", "sm_90", 16, 65536)
+    return {"PADDED": 50304, "BLOCK": tile.columns, "GRADIENT": gradient}, tile.num_warps
 
 
-NORM, TOKENS = "dropout_add_layer_norm", "embedding"
 # file, kernel, constants and warps
 KERNELS = {
-    "norm": (NORM, "dropout_add_layer_norm_forward", rows(768, 2, DROPOUT=False)),
-    "norm-dropout": (NORM, "dropout_add_layer_norm_forward", rows(768, 2, DROPOUT=True)),
-    "norm-1600-dropout": (NORM, "dropout_add_layer_norm_forward", rows(1600, 2, DROPOUT=True)),
-    "norm-backward": (NORM, "dropout_add_layer_norm_backward", rows(768, 4, DROPOUT=False, HAS_DTOTAL=True)),
-    "norm-backward-dropout": (NORM, "dropout_add_layer_norm_backward", rows(768, 4, DROPOUT=True, HAS_DTOTAL=True)),
-    "norm-backward-1600": (NORM, "dropout_add_layer_norm_backward", rows(1600, 4, DROPOUT=True, HAS_DTOTAL=True)),
-    "gelu-bias": ("gelu", "gelu_bias_forward", gelu_rows(3072)),
-    "gelu-bias-backward": ("gelu", "gelu_bias_backward", gelu_rows(3072)),
-    "gelu-bias-backward-6400": ("gelu", "gelu_bias_backward", gelu_rows(6400)),
-    "embedding-dropout": (TOKENS, "embedding_forward", rows(768, 2, DROPOUT=True)),
+    "norm": (NORM, f"{NORM}_forward", norm("forward", 768, False)),
+    "norm-dropout": (NORM, f"{NORM}_forward", norm("forward", 768, True)),
+    "norm-1600-dropout": (NORM, f"{NORM}_forward", norm("forward", 1600, True)),
+    "norm-backward": (NORM, f"{NORM}_backward", norm("backward", 768, False, HAS_DTOTAL=True)),
+    "norm-backward-dropout": (NORM, f"{NORM}_backward", norm("backward", 768, True, HAS_DTOTAL=True)),
+    "norm-backward-1600": (NORM, f"{NORM}_backward", norm("backward", 1600, True, HAS_DTOTAL=True)),
+    "gelu-bias": ("gelu", "gelu_bias_forward", gelu_rows("gelu_bias_forward", 3072)),
+    "gelu-bias-backward": ("gelu", "gelu_bias_backward", gelu_rows("gelu_bias_backward", 3072)),
+    "gelu-bias-backward-6400": ("gelu", "gelu_bias_backward", gelu_rows("gelu_bias_backward", 6400)),
+    "embedding-dropout": (TOKENS, "embedding_forward", rows("embedding_forward", 768, True, DROPOUT=True)),
     "embedding-weight": (TOKENS, "embedding_backward_weight", runs(768, True)),
     "embedding-position": (TOKENS, "embedding_backward_position", runs(768, True)),
     "loss": ("cross_entropy", "cross_entropy", loss(False)),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastgpt.tuning import Tile
+    from fastgpt.tuning import AttentionTile
 
 EXAMPLES = """\
 examples:
@@ -115,9 +115,9 @@ def tune(args: argparse.Namespace) -> int:
         print(f"Nothing to tune: {reason}.")
         return 1
     path = Path(args.out) if args.out else env.tiles_file()
-    found: dict[str, Tile] = {}
+    found: dict[str, AttentionTile] = {}
     for dropout in (False, True):
-        for kernel in ("forward", "backward_dq", "backward_dkdv"):
+        for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkdv"):
             name, tile, seconds = tune_kernel(kernel, args, dropout)
             found[name] = tile
             print(f"{name:<44}{tile}   {1e3 * seconds:.3f} ms", flush=True)
@@ -126,7 +126,7 @@ def tune(args: argparse.Namespace) -> int:
     return 0
 
 
-def tune_kernel(kernel: str, args: argparse.Namespace, dropout: bool) -> tuple[str, Tile, float]:
+def tune_kernel(kernel: str, args: argparse.Namespace, dropout: bool) -> tuple[str, AttentionTile, float]:
     """The row for one kernel: its key, the fastest tile, and the seconds of the pass that it belongs to."""
     import torch
     from triton.runtime.errors import OutOfResources
@@ -142,15 +142,15 @@ def tune_kernel(kernel: str, args: argparse.Namespace, dropout: bool) -> tuple[s
     settings = (args.head_dim**-0.5, 0.1 if dropout else 0.0, 5)
     out, lse = backend.forward(q, k, v, *settings)
 
-    def seconds(tile: Tile, rounds: int) -> float:
+    def seconds(tile: AttentionTile, rounds: int) -> float:
         def call() -> Any:
             with tuning.force(kernel, tile):
-                if kernel == "forward":
+                if kernel == "attention_forward":
                     return backend.forward(q, k, v, *settings)
                 return backend.backward(dout, q, k, v, out, lse, *settings)
 
         return race({"tile": call}, rounds=rounds, min_time=0.005, device="cuda")["tile"].median
 
-    best, time = tuning.search(TILES, seconds, unusable=(OutOfResources,))
+    best, time = tuning.search([tuning.AttentionTile(*tile) for tile in TILES], seconds, unusable=(OutOfResources,))
     block_d = max(backend.MIN_BLOCK_D, triton_support.next_power_of_2(args.head_dim))
     return tuning.key(kernel, triton_support.chip(q), 8 * dtype.itemsize, block_d, dropout), best, time

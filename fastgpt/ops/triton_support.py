@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastgpt import env
 from fastgpt.ops import cuda_support
+
+if TYPE_CHECKING:
+    from fastgpt.tuning import RowTile
 
 UNPROVEN = cuda_support.UNPROVEN
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,3 +70,10 @@ def chip(x: Tensor) -> str:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(x.device)
     return f"sm_{major}{minor}"
+
+
+def row_tile(kernel: str, x: Tensor, n: int, dropout: bool = False) -> RowTile:
+    """What the tables give a kernel on rows of n for tensors like `x`."""
+    from fastgpt.kernels.triton.row_tables import choose
+
+    return choose(kernel, chip(x), 8 * x.dtype.itemsize, next_power_of_2(max(n, 16)), dropout)

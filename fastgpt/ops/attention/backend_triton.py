@@ -34,7 +34,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns out, laid out as (batch, q_len, n_heads, head_dim), and lse (batch, n_heads, q_len), float32."""
     from fastgpt.kernels.triton.attention import causal_attention_forward_kernel as kernel
-    from fastgpt.kernels.triton.attention_tables import FORWARD, choose
+    from fastgpt.kernels.triton.attention_tables import choose
 
     if softmax_scale < 0.0:
         # The running maximum is taken before the scale.
@@ -45,7 +45,7 @@ def forward(
     if out.numel() == 0:
         return out, lse
     with triton_support.device_of(q):
-        tile = choose(FORWARD, *_tuning(q, dropout_p))
+        tile = choose("attention_forward", *_tuning(q, dropout_p))
         strides, unit = _strides(q, k, v)
         kernel[_grid(q, q.shape[2], tile.block_m)](
             out, lse, q, k, v, *_sizes(q, k), *strides, softmax_scale, *_dropout(dropout_p, seed),
@@ -71,7 +71,7 @@ def backward(
     `grads` are the parts of one (batch, length, 3, n_heads, head_dim) tensor to write them into instead.
     """
     from fastgpt.kernels.triton import attention_backward as kernels
-    from fastgpt.kernels.triton.attention_tables import BACKWARD_DKDV, BACKWARD_DQ, choose
+    from fastgpt.kernels.triton.attention_tables import choose
 
     dout, q, k, v = map(_last_axis_contiguous, (dout, q, k, v))
     # The kernel reads the layout that forward wrote, and torch.compile may hand over another.
@@ -86,11 +86,11 @@ def backward(
         strides, unit = _strides(dout, q, k, v)
         shared = *_sizes(q, k), *strides, softmax_scale, *_dropout(dropout_p, seed)
         if q.shape[2]:
-            tile = choose(BACKWARD_DQ, *tuning)
+            tile = choose("attention_backward_dq", *tuning)
             kernels.causal_attention_backward_dq_kernel[_grid(q, q.shape[2], tile.block_m)](
                 dq, delta, dout, q, k, v, out, lse, *shared, **_constants(q, tile, dropout_p, unit), **pack
             )
-        tile = choose(BACKWARD_DKDV, *tuning)
+        tile = choose("attention_backward_dkdv", *tuning)
         kernels.causal_attention_backward_dkdv_kernel[_grid(q, k.shape[2], tile.block_n)](
             dk, dv, dout, q, k, v, lse, delta, *shared, **_constants(q, tile, dropout_p, unit), **pack
         )

@@ -37,12 +37,13 @@ def forward(
         return total, normed, mean.zero_(), rstd.zero_()
     x_rows, residual_rows = as_rows(x), as_rows(residual)
     count, n = x_rows.shape
-    rows, block, num_warps = layer_norm.tile(n, 2)
+    tile = triton_support.row_tile("dropout_add_layer_norm_forward", x, n, dropout_p > 0.0)
     with triton_support.device_of(x):
-        kernel[(-(-count // rows),)](
+        kernel[(-(-count // tile.rows),)](
             total, normed, mean, rstd, x_rows, residual_rows, weight.contiguous(), bias.contiguous(),
             count, x_rows.stride(0), residual_rows.stride(0), eps, *philox_settings(dropout_p, seed),
-            N=n, ROWS=rows, BLOCK=block, DROPOUT=dropout_p > 0.0, num_warps=num_warps, **triton_support.OPTIONS,
+            N=n, ROWS=tile.rows, BLOCK=layer_norm.block(n), DROPOUT=dropout_p > 0.0,
+            num_warps=tile.num_warps, **triton_support.OPTIONS,
         )  # fmt: skip
     return total, normed, mean, rstd
 
@@ -63,8 +64,8 @@ def backward(
     total_rows, dnormed_rows = as_rows(total), as_rows(dnormed)
     dtotal_rows = dnormed_rows if dtotal is None else as_rows(dtotal)
     count, n = total_rows.shape
-    rows, block, num_warps = layer_norm.tile(n, 4)
-    parts = min(-(-count // rows), layer_norm.PROGRAMS * triton_support.multiprocessors(total))
+    tile = triton_support.row_tile("dropout_add_layer_norm_backward", total, n, dropout_p > 0.0)
+    parts = min(-(-count // tile.rows), max(1, tile.programs) * triton_support.multiprocessors(total))
     partial = torch.empty(parts, 2, n, dtype=torch.float32, device=total.device)
     with triton_support.device_of(total):
         kernel[(parts,)](
@@ -72,8 +73,8 @@ def backward(
             mean.contiguous(), rstd.contiguous(),
             count, dtotal_rows.stride(0), dnormed_rows.stride(0), total_rows.stride(0),
             *philox_settings(dropout_p, seed),
-            N=n, ROWS=rows, BLOCK=block, DROPOUT=dropout_p > 0.0, HAS_DTOTAL=dtotal is not None,
-            num_warps=num_warps, **triton_support.OPTIONS,
+            N=n, ROWS=tile.rows, BLOCK=layer_norm.block(n), DROPOUT=dropout_p > 0.0, HAS_DTOTAL=dtotal is not None,
+            num_warps=tile.num_warps, **triton_support.OPTIONS,
         )  # fmt: skip
         sum_kernel[(-(-n // layer_norm.SUM_BLOCK),)](
             dweight, dbias, partial, parts,

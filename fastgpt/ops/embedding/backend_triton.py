@@ -8,16 +8,12 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import philox, triton_support
-from fastgpt.ops.layer_norm.backend_triton import MAX_N, tile
+from fastgpt.ops.layer_norm.backend_triton import MAX_N, block
 
 if TYPE_CHECKING:
     from fastgpt.ops.embedding import Case
 
 AUTOMATIC = triton_support.UNPROVEN
-
-# A tile of the backward: runs of most tokens are short, and columns side by side spread the long ones.
-RUN_ROWS = 4
-RUN_COLUMNS = 256
 
 
 def why_not(case: Case) -> str | None:
@@ -36,12 +32,13 @@ def forward(ids: Tensor, weight: Tensor, position_weight: Tensor, dropout_p: flo
     out = torch.empty(*ids.shape, n, dtype=weight.dtype, device=weight.device)
     if out.numel() == 0:
         return out
-    rows, block, num_warps = tile(n, 2)
+    tile = triton_support.row_tile("embedding_forward", out, n, dropout_p > 0.0)
     with triton_support.device_of(out):
-        kernel[(-(-ids.numel() // rows),)](
+        kernel[(-(-ids.numel() // tile.rows),)](
             out, ids, weight.contiguous(), position_weight.contiguous(), ids.numel(), ids.shape[1], weight.shape[0],
             seed, philox.threshold(dropout_p), philox.scale(dropout_p),
-            N=n, ROWS=rows, BLOCK=block, DROPOUT=dropout_p > 0.0, num_warps=num_warps, **triton_support.OPTIONS,
+            N=n, ROWS=tile.rows, BLOCK=block(n), DROPOUT=dropout_p > 0.0,
+            num_warps=tile.num_warps, **triton_support.OPTIONS,
         )  # fmt: skip
     return out
 
@@ -62,10 +59,11 @@ def backward(
     # Ids outside the vocabulary lie in no run, and are left out.
     tokens, order = torch.sort(ids.reshape(-1).long(), stable=True)
     begins = torch.searchsorted(tokens, torch.arange(vocab_size + 1, device=dout.device))
-    block = max(16, min(RUN_COLUMNS, triton_support.next_power_of_2(n)))
+    tile = triton_support.row_tile("embedding_backward", dout, n, dropout_p > 0.0)
+    width = min(tile.columns, block(n))
     settings = seed, philox.threshold(dropout_p), philox.scale(dropout_p)
-    constants = {"N": n, "ROWS": RUN_ROWS, "BLOCK": block, "DROPOUT": dropout_p > 0.0, "num_warps": 4}
-    columns = -(-n // block)
+    constants = {"N": n, "ROWS": tile.rows, "BLOCK": width, "DROPOUT": dropout_p > 0.0, "num_warps": tile.num_warps}
+    columns = -(-n // width)
     with triton_support.device_of(dout):
         if vocab_size:
             kernels.embedding_backward_weight_kernel[(vocab_size, columns)](

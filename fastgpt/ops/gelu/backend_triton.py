@@ -11,16 +11,10 @@ from fastgpt.ops import triton_support
 
 if TYPE_CHECKING:
     from fastgpt.ops.gelu import Case
+    from fastgpt.tuning import RowTile
 
 AUTOMATIC = triton_support.UNPROVEN
 
-# Eight elements a thread: one 16-byte access in 16 bits, two in float32.
-BLOCK = 1024
-NUM_WARPS = 4
-# With a bias: elements of a tile, and its widest row.
-TILE, MAX_COLUMNS = 2048, 1024
-# Backward programs on each multiprocessor.
-PROGRAMS = 8
 SUM_PARTS, SUM_BLOCK = 32, 32
 
 
@@ -29,13 +23,13 @@ def why_not(case: Case) -> str | None:
     return triton_support.why_not(case.device, case.dtype, case.bias_dtype or case.dtype)
 
 
-def tile(n: int) -> tuple[int, int]:
-    """ROWS and BLOCK for rows of n: columns that divide n where that leaves enough of them."""
+def sides(n: int, tile: RowTile) -> tuple[int, int]:
+    """ROWS and BLOCK for rows of n: as many elements as the tile, columns that divide n where that leaves enough."""
     block = n & -n
     if block < 64:
         block = max(16, triton_support.next_power_of_2(n))
-    block = min(block, MAX_COLUMNS)
-    return max(1, min(32, TILE // block)), block
+    block = min(block, tile.columns)
+    return max(1, min(32, tile.rows * tile.columns // block)), block
 
 
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,15 +42,18 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
         return out
     with triton_support.device_of(x):
         if bias is None:
-            kernels.gelu_forward_kernel[(-(-x.numel() // BLOCK),)](
-                out, x, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS, **triton_support.OPTIONS
+            tile = triton_support.row_tile("gelu_forward", x, 0)
+            kernels.gelu_forward_kernel[(-(-x.numel() // tile.columns),)](
+                out, x, x.numel(), BLOCK=tile.columns, num_warps=tile.num_warps, **triton_support.OPTIONS
             )
             return out
         n = x.shape[-1]
-        count, (rows, block) = x.numel() // n, tile(n)
+        tile = triton_support.row_tile("gelu_bias_forward", x, n)
+        count, (rows, block) = x.numel() // n, sides(n, tile)
         kernels.gelu_bias_forward_kernel[(-(-count // rows), -(-n // block))](
-            out, x, bias.contiguous(), count, N=n, ROWS=rows, BLOCK=block, num_warps=NUM_WARPS, **triton_support.OPTIONS
-        )
+            out, x, bias.contiguous(), count,
+            N=n, ROWS=rows, BLOCK=block, num_warps=tile.num_warps, **triton_support.OPTIONS,
+        )  # fmt: skip
     return out
 
 
@@ -69,9 +66,10 @@ def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
     if bias is not None:
         return dx, _backward_bias(dx, dout, x, bias)
     if x.numel():
+        tile = triton_support.row_tile("gelu_backward", x, 0)
         with triton_support.device_of(x):
-            kernels.gelu_backward_kernel[(-(-x.numel() // BLOCK),)](
-                dx, dout, x, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS, **triton_support.OPTIONS
+            kernels.gelu_backward_kernel[(-(-x.numel() // tile.columns),)](
+                dx, dout, x, x.numel(), BLOCK=tile.columns, num_warps=tile.num_warps, **triton_support.OPTIONS
             )
     return dx, None
 
@@ -84,14 +82,15 @@ def _backward_bias(dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     if x.numel() == 0:
         return dbias.zero_()
     n = x.shape[-1]
-    count, (rows, block) = x.numel() // n, tile(n)
+    tile = triton_support.row_tile("gelu_bias_backward", x, n)
+    count, (rows, block) = x.numel() // n, sides(n, tile)
     columns = -(-n // block)
-    parts = min(-(-count // rows), max(1, PROGRAMS * triton_support.multiprocessors(x) // columns))
+    parts = min(-(-count // rows), max(1, tile.programs * triton_support.multiprocessors(x) // columns))
     partial = torch.empty(parts, n, dtype=torch.float32, device=x.device)
     with triton_support.device_of(x):
         kernels.gelu_bias_backward_kernel[(parts, columns)](
             dx, partial, dout, x, bias.contiguous(), count,
-            N=n, ROWS=rows, BLOCK=block, num_warps=NUM_WARPS, **triton_support.OPTIONS,
+            N=n, ROWS=rows, BLOCK=block, num_warps=tile.num_warps, **triton_support.OPTIONS,
         )  # fmt: skip
         kernels.gelu_bias_sum_kernel[(-(-n // SUM_BLOCK),)](
             dbias, partial, parts, N=n, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK, num_warps=4, **triton_support.OPTIONS

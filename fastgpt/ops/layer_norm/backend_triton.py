@@ -18,10 +18,6 @@ AUTOMATIC = triton_support.UNPROVEN
 
 # A row must fit into the registers of one program.
 MAX_N = 16384
-# Elements that a program holds at once: 32 of one tensor for each of 128 threads.
-TILE = 4096
-# Backward programs on each multiprocessor: enough to hide the latency of memory, few shares to add.
-PROGRAMS = 4
 SUM_PARTS, SUM_BLOCK = 32, 32
 
 
@@ -32,11 +28,9 @@ def why_not(case: Case) -> str | None:
     return triton_support.why_not(case.device, case.dtype, case.weight_dtype)
 
 
-def tile(n: int, share: int) -> tuple[int, int, int]:
-    """ROWS, BLOCK and warps for rows of n; `share` divides TILE where a kernel holds several tensors."""
-    block = max(16, next_power_of_2(n))
-    rows = max(1, min(16, TILE // share // block))
-    return rows, block, max(4, min(16, block // 1024))
+def block(n: int) -> int:
+    """BLOCK for rows of n."""
+    return max(16, next_power_of_2(n))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,11 +44,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
     if out.numel() == 0:
         return out, mean.zero_(), rstd.zero_()
     count, n = x_rows.shape
-    rows, block, num_warps = tile(n, 1)
+    tile = triton_support.row_tile("layer_norm_forward", x, n)
     with triton_support.device_of(x):
-        kernel[(-(-count // rows),)](
+        kernel[(-(-count // tile.rows),)](
             out, mean, rstd, x_rows, weight.contiguous(), bias.contiguous(), count, x_rows.stride(0), eps,
-            N=n, ROWS=rows, BLOCK=block, num_warps=num_warps, **triton_support.OPTIONS,
+            N=n, ROWS=tile.rows, BLOCK=block(n), num_warps=tile.num_warps, **triton_support.OPTIONS,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -69,14 +63,14 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
         return dx, dweight.zero_(), dbias.zero_()
     x_rows, dout_rows = as_rows(x), as_rows(dout)
     count, n = x_rows.shape
-    rows, block, num_warps = tile(n, 2)
-    parts = min(-(-count // rows), PROGRAMS * triton_support.multiprocessors(x))
+    tile = triton_support.row_tile("layer_norm_backward", x, n)
+    parts = min(-(-count // tile.rows), max(1, tile.programs) * triton_support.multiprocessors(x))
     partial = torch.empty(parts, 2, n, dtype=torch.float32, device=x.device)
     with triton_support.device_of(x):
         kernels.layer_norm_backward_kernel[(parts,)](
             dx, partial, dout_rows, x_rows, weight.contiguous(), mean, rstd,
             count, dout_rows.stride(0), x_rows.stride(0),
-            N=n, ROWS=rows, BLOCK=block, num_warps=num_warps, **triton_support.OPTIONS,
+            N=n, ROWS=tile.rows, BLOCK=block(n), num_warps=tile.num_warps, **triton_support.OPTIONS,
         )  # fmt: skip
         kernels.layer_norm_backward_sum_kernel[(-(-n // SUM_BLOCK),)](
             dweight, dbias, partial, parts,

@@ -29,8 +29,6 @@ ALIGNMENT = 64
 # dweight in 16 bits is rounded once a chunk, each time by at most 2^-9 (bfloat16) or 2^-12 (float16) of the sum so far.
 # Of more chunks than these the sums are float32, and each chunk's product is rounded instead.
 MAX_ROUNDED_CHUNKS = 4
-# Columns at a time of one row, and warps: 16 elements a thread.
-BLOCK, NUM_WARPS = 4096, 8
 
 
 def why_not(case: Case) -> str | None:
@@ -90,8 +88,9 @@ def cross_entropy(
     """Fill losses (rows,), and write (softmax - onehot) / count over the logits (rows, padded vocabulary)."""
     from fastgpt.kernels.triton.cross_entropy import cross_entropy_kernel as kernel
 
-    block = min(BLOCK, triton_support.next_power_of_2(logits.shape[1]))
+    tile = triton_support.row_tile("cross_entropy", logits, logits.shape[1])
+    block = min(tile.columns, triton_support.next_power_of_2(logits.shape[1]))
     kernel[(len(logits),)](
         losses, logits, targets, count, logits.stride(0), vocab_size, ignore_index,
-        PADDED=logits.shape[1], BLOCK=block, GRADIENT=gradient, num_warps=NUM_WARPS, **triton_support.OPTIONS,
+        PADDED=logits.shape[1], BLOCK=block, GRADIENT=gradient, num_warps=tile.num_warps, **triton_support.OPTIONS,
     )  # fmt: skip
