@@ -25,7 +25,7 @@ def compiled(
     num_warps: int,
     num_stages: int = 3,
 ) -> Any:
-    """The kernel as it is launched: `pointers` gives the dtype of those that are not float32."""
+    """The kernel as it is launched: `pointers` gives the dtype of those that are not float32, or a descriptor."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -35,6 +35,8 @@ def compiled(
         name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
+        elif pointers.get(name, "").startswith("tensordesc"):
+            signature[name] = pointers[name]
         elif name.endswith("_ptr"):
             signature[name] = "*" + pointers.get(name, "fp32")
             attributes[(index,)] = [["tt.divisibility", 16]]

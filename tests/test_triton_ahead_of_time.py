@@ -12,11 +12,12 @@ import pytest
 import torch
 from ahead_of_time import SHARED_LIMIT, SIXTEEN_BYTES, compiled, usage
 
+from fastgpt import tuning
 from fastgpt.ops import triton_support
 from fastgpt.ops.attention import backend_triton as attention_backend
 from fastgpt.ops.gelu import backend_triton as gelu_backend
 from fastgpt.ops.layer_norm import backend_triton as layer_norm
-from fastgpt.tuning import triton_version
+from fastgpt.tuning import AttentionTile, triton_version
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -49,8 +50,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def attention(kind, capability, dtype, head_dim, dropout):
-    """One attention kernel with the tile that its table gives."""
+def attention(kind, capability, dtype, head_dim, dropout, tma=False):
+    """One attention kernel with the tile that its table gives, reading by pointers or by descriptors."""
     from fastgpt.kernels.triton import attention as forward
     from fastgpt.kernels.triton import attention_backward as backward
     from fastgpt.kernels.triton import attention_tables as tables
@@ -64,11 +65,14 @@ def attention(kind, capability, dtype, head_dim, dropout):
     tile = tables.choose(f"attention_{kind}", f"sm_{capability}", BITS[dtype], block_d, dropout)
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "DROPOUT": dropout, "PRECISION": "ieee", "UNIT": 8,
+        "DROPOUT": dropout, "PRECISION": "ieee", "UNIT": 0 if tma else 8,
     }  # fmt: skip
     if kind != FORWARD:
         constants["PACK"] = 1
     pointers = {f"{name}_ptr": dtype for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")}
+    if tma:
+        sides = {"q": tile.block_m, "dout": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+        pointers |= {f"{name}_ptr": f"tensordesc<{dtype}[1,1,{side},{block_d}]>" for name, side in sides.items()}
     return compiled(kernel, capability, pointers, constants, tile.num_warps, tile.num_stages)
 
 
@@ -89,6 +93,19 @@ def test_attention_compiles_fits_and_takes_the_right_units(
         assert ("wgmma.mma_async" if capability == 90 and head_dim == 64 else "mma") in ptx
         # Keys and values arrive by 16-byte copies that overlap the products.
         assert head_dim > 128 or "cp.async.cg.shared.global" in ptx
+
+
+@pytest.mark.parametrize(("head_dim", "dropout"), [(64, False), (64, True), (80, False), (128, True)])
+@pytest.mark.parametrize("kind", [FORWARD, DQ, DKDV])
+def test_attention_by_tma_descriptors_needs_fewer_registers(kind, head_dim, dropout, record_property, tmp_path):
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        pytest.skip("this Triton has no tensor descriptors")
+    kernel = attention(kind, 90, "bf16", head_dim, dropout, tma=True)
+    shared, registers, stack = usage(kernel, record_property, tmp_path)
+    assert shared <= SHARED_LIMIT[90] and (stack or 0) <= STACK_LIMIT and (registers or 0) <= 240
+    ptx = kernel.asm["ptx"]
+    # Tiles go from memory to where the products read them; no thread copies.
+    assert "cp.async.bulk.tensor.4d" in ptx and "wgmma.mma_async" in ptx and "cp.async.cg" not in ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -153,6 +170,23 @@ def test_one_attention_kernel_serves_all_lengths_and_seeds(launches):
         out, lse = attention_backend.forward(q, k, v, 0.25, 0.1, seed)
         attention_backend.backward(out, q, k, v, out, lse, 0.25, 0.1, seed)
     assert len(launches) == 6 and launches[:3] == launches[3:]
+
+
+def test_one_attention_kernel_by_descriptors_serves_all_lengths(launches):
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        pytest.skip("this Triton has no tensor descriptors")
+    tile = AttentionTile(64, 64, 4, 2, tma=1)
+    for length, n_heads in ((16, 2), (37, 3)):
+        packed = torch.zeros(1, length, 3, n_heads, 16, dtype=torch.bfloat16)
+        q, k, v = (t.transpose(1, 2) for t in packed.unbind(2))
+        with tuning.force("attention_forward", tile):
+            out, lse = attention_backend.forward(q, k, v, 0.25, 0.1, 5)
+        for kernel in (DQ, DKDV):
+            with tuning.force(f"attention_{kernel}", tile):
+                attention_backend.backward(out, q, k, v, out, lse, 0.25, 0.1, 5)
+    # Each backward ran once with each kernel by descriptors: forward, dq and dkdv, dq and dkdv.
+    assert len(launches) == 10 and launches[:5] == launches[5:]
+    assert ["cp.async.bulk.tensor" in kernel.asm["ptx"] for kernel in launches[:5]] == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize("n", [1, 7, 768])

@@ -97,6 +97,65 @@ def test_every_tile_shape_gives_the_values_and_the_dropout_mask(op_backend, tile
     check(inputs((1, 1, 75, 90, 16)), 0.3)
 
 
+# Odd lengths, one that ends a tile, a padded head_dim, one row: where descriptors must give zeros.
+TMA_SHAPES = [(2, 2, 37, 70, 24), (1, 2, 64, 64, 64), (1, 1, 1, 9, 16), (2, 1, 33, 33, 96)]
+
+
+@pytest.fixture
+def by_descriptor(monkeypatch):
+    """Kernels read by TMA descriptors; gives the descriptors that were made."""
+    from fastgpt.kernels.triton import attention_tables as tables
+    from fastgpt.ops.attention import tma
+
+    made, descriptor = [], tma.descriptor
+    monkeypatch.setattr(tma, "descriptor", lambda *a: made.append(descriptor(*a)) or made[-1])
+    monkeypatch.setattr(tables, "choose", lambda *unused: tables.Tile(32, 64, 4, 1, tma=1))
+    if tma.why_not(torch.zeros(1, 1, 1, 16)):
+        pytest.skip(tma.why_not(torch.zeros(1, 1, 1, 16)))
+    return made
+
+
+def all_results(tensors, dropout_p):
+    out, _ = attention(tensors, dropout_p)
+    return out, *torch.autograd.grad(out, tensors, torch.cos(out.detach() * 9))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("shape", TMA_SHAPES, ids=str)
+def test_tma_descriptors_give_the_bits_of_pointers(op_backend, shape, dropout_p, by_descriptor, monkeypatch):
+    ready(op_backend)
+    tensors = inputs(shape)
+    got = all_results(tensors, dropout_p)
+    assert len(by_descriptor) == 3 + 4 + 4
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(got, all_results(tensors, dropout_p), strict=True))
+
+
+def test_tma_descriptors_of_packed_views_end_where_the_tensor_does(op_backend, by_descriptor, monkeypatch):
+    ready(op_backend)
+    # Neighbours in memory, beyond the last row and head_dim, are other heads, other parts and nan.
+    packed = torch.full((2, 40, 3, 2, 24), torch.nan)
+    packed[:, :37, :, :, :20] = torch.randn(2, 37, 3, 2, 20)
+    q, k, v = (t.transpose(1, 2) for t in packed[:, :37, :, :, :20].unbind(2))
+    got = attention((q, k, v), 0.2)[0]
+    assert len(by_descriptor) == 3
+    monkeypatch.undo()
+    assert torch.equal(got, attention((q, k, v), 0.2)[0]) and got.isfinite().all()
+
+
+def test_what_a_descriptor_cannot_say_is_read_by_pointers(op_backend, by_descriptor):
+    ready(op_backend)
+    odd = [torch.randn(1, 2, 9, 17)[..., :16] for _ in range(3)]
+    expanded = [torch.randn(1, 1, 9, 16).expand(1, 2, 9, 16) for _ in range(3)]
+    shifted = [torch.randn(1, 2, 9, 20)[..., 1:17] for _ in range(3)]
+    for tensors in (odd, expanded, shifted):
+        check([t.clone().requires_grad_() for t in tensors])
+        by_descriptor.clear()
+        want = attention([t.contiguous() for t in tensors])[0]
+        by_descriptor.clear()
+        assert torch.equal(attention(tensors)[0], want) and not by_descriptor
+
+
 LENGTH = 72
 
 

@@ -44,7 +44,7 @@ def causal_attention_forward_kernel(
     q_base = head_base(q_ptr, batch_head, n_heads, q_batch, q_head, UNIT)
     k_base = head_base(k_ptr, batch_head, n_heads, k_batch, k_head, UNIT)
     v_base = head_base(v_ptr, batch_head, n_heads, v_batch, v_head, UNIT)
-    q = load_rows(q_base, first_row, q_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
+    q = load_rows(q_base, batch_head, n_heads, first_row, q_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
 
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
@@ -55,13 +55,13 @@ def causal_attention_forward_kernel(
     for first_column in tl.range(0, unmasked_end, BLOCK_N):
         acc, l, m = _step(
             acc, l, m, q, k_base, v_base, k_row, v_row, first_row, first_column, shift, k_len, scale,
-            seed, batch_head, threshold,
+            seed, batch_head, n_heads, threshold,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, UNIT, False,
         )  # fmt: skip
     for first_column in tl.range(unmasked_end, end, BLOCK_N):
         acc, l, m = _step(
             acc, l, m, q, k_base, v_base, k_row, v_row, first_row, first_column, shift, k_len, scale,
-            seed, batch_head, threshold,
+            seed, batch_head, n_heads, threshold,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, UNIT, True,
         )  # fmt: skip
 
@@ -74,11 +74,11 @@ def causal_attention_forward_kernel(
 @triton.jit
 def _step(
     acc, l, m, q, k_base, v_base, k_row, v_row, first_row, first_column, shift, k_len, scale,
-    seed, batch_head, threshold,
+    seed, batch_head, n_heads, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    k = load_rows(k_base, first_column, k_row, k_len, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
+    k = load_rows(k_base, batch_head, n_heads, first_column, k_row, k_len, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (M, N)
     if MASKED:
         seen = visible(first_row, first_column, shift, BLOCK_M, BLOCK_N)
@@ -94,6 +94,6 @@ def _step(
     if DROPOUT:
         keep = keep_tile(seed, batch_head, first_row, first_column, threshold, BLOCK_M, BLOCK_N)
         p = tl.where(keep, p, 0.0)
-    v = load_rows(v_base, first_column, v_row, k_len, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
+    v = load_rows(v_base, batch_head, n_heads, first_column, v_row, k_len, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, l, m_new

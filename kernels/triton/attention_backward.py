@@ -50,7 +50,7 @@ def causal_attention_backward_dq_kernel(
     k_base = head_base(k_ptr, batch_head, n_heads, k_batch, k_head, UNIT)
     v_base = head_base(v_ptr, batch_head, n_heads, v_batch, v_head, UNIT)
 
-    dout = load_rows(d_base, first_row, d_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
+    dout = load_rows(d_base, batch_head, n_heads, first_row, d_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
     out = load_out_rows(out_ptr, batch_head, n_heads, first_row, q_len, BLOCK_M, HEAD_DIM, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     row = first_row + tl.arange(0, BLOCK_M)
@@ -58,7 +58,7 @@ def causal_attention_backward_dq_kernel(
     tl.store(delta_ptr + stats, delta, mask=row < q_len)
     # Rows beyond the last get weights of 0.
     lse = tl.load(lse_ptr + stats, mask=row < q_len, other=float("inf")) * LOG2E
-    q = load_rows(q_base, first_row, q_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
+    q = load_rows(q_base, batch_head, n_heads, first_row, q_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     unmasked_end = (first_row + shift + 1) // BLOCK_N * BLOCK_N
@@ -66,13 +66,13 @@ def causal_attention_backward_dq_kernel(
     for first_column in tl.range(0, unmasked_end, BLOCK_N):
         dq = _dq_step(
             dq, dout, q, lse, delta, k_base, v_base, k_row, v_row, first_row, first_column, shift, k_len,
-            softmax_scale * LOG2E, seed, batch_head, threshold, drop_scale,
+            softmax_scale * LOG2E, seed, batch_head, n_heads, threshold, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, UNIT, False,
         )  # fmt: skip
     for first_column in tl.range(unmasked_end, end, BLOCK_N):
         dq = _dq_step(
             dq, dout, q, lse, delta, k_base, v_base, k_row, v_row, first_row, first_column, shift, k_len,
-            softmax_scale * LOG2E, seed, batch_head, threshold, drop_scale,
+            softmax_scale * LOG2E, seed, batch_head, n_heads, threshold, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, UNIT, True,
         )  # fmt: skip
     store_rows(dq_ptr, dq * softmax_scale, batch_head, n_heads, first_row, q_len, BLOCK_M, HEAD_DIM, BLOCK_D, PACK)
@@ -81,12 +81,12 @@ def causal_attention_backward_dq_kernel(
 @triton.jit
 def _dq_step(
     dq, dout, q, lse, delta, k_base, v_base, k_row, v_row, first_row, first_column, shift, k_len,
-    scale, seed, batch_head, threshold, drop_scale,
+    scale, seed, batch_head, n_heads, threshold, drop_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    k = load_rows(k_base, first_column, k_row, k_len, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
-    v = load_rows(v_base, first_column, v_row, k_len, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
+    k = load_rows(k_base, batch_head, n_heads, first_column, k_row, k_len, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
+    v = load_rows(v_base, batch_head, n_heads, first_column, v_row, k_len, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])  # (M, N)
     if MASKED:
         p = tl.where(visible(first_row, first_column, shift, BLOCK_M, BLOCK_N), p, 0.0)
@@ -120,8 +120,8 @@ def causal_attention_backward_dkdv_kernel(
     v_base = head_base(v_ptr, batch_head, n_heads, v_batch, v_head, UNIT)
     stats = batch_head.to(tl.int64) * q_len
 
-    k = load_rows(k_base, first_column, k_row, k_len, True, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
-    v = load_rows(v_base, first_column, v_row, k_len, True, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
+    k = load_rows(k_base, batch_head, n_heads, first_column, k_row, k_len, True, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
+    v = load_rows(v_base, batch_head, n_heads, first_column, v_row, k_len, True, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
@@ -131,13 +131,15 @@ def causal_attention_backward_dkdv_kernel(
     for first_row in tl.range(begin, tl.minimum(unmasked_begin, q_len), BLOCK_M):
         dk, dv = _dkdv_step(
             dk, dv, k, v, q_base, d_base, q_row, d_row, lse_ptr + stats, delta_ptr + stats,
-            first_row, first_column, shift, q_len, softmax_scale * LOG2E, seed, batch_head, threshold, drop_scale,
+            first_row, first_column, shift, q_len,
+            softmax_scale * LOG2E, seed, batch_head, n_heads, threshold, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, UNIT, True,
         )  # fmt: skip
     for first_row in tl.range(unmasked_begin, q_len, BLOCK_M):
         dk, dv = _dkdv_step(
             dk, dv, k, v, q_base, d_base, q_row, d_row, lse_ptr + stats, delta_ptr + stats,
-            first_row, first_column, shift, q_len, softmax_scale * LOG2E, seed, batch_head, threshold, drop_scale,
+            first_row, first_column, shift, q_len,
+            softmax_scale * LOG2E, seed, batch_head, n_heads, threshold, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, UNIT, False,
         )  # fmt: skip
     if DROPOUT:
@@ -149,12 +151,12 @@ def causal_attention_backward_dkdv_kernel(
 @triton.jit
 def _dkdv_step(
     dk, dv, k, v, q_base, d_base, q_row, d_row, lse_ptr, delta_ptr,
-    first_row, first_column, shift, q_len, scale, seed, batch_head, threshold, drop_scale,
+    first_row, first_column, shift, q_len, scale, seed, batch_head, n_heads, threshold, drop_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = first_row + tl.arange(0, BLOCK_M)
-    q = load_rows(q_base, first_row, q_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
+    q = load_rows(q_base, batch_head, n_heads, first_row, q_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
     # Rows beyond the last get weights of 0.
     lse = tl.load(lse_ptr + row, mask=row < q_len, other=float("inf")) * LOG2E
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # (N, M)
@@ -164,7 +166,7 @@ def _dkdv_step(
         # Dropped weights are marked by their sign, so that the mask need not stay in registers.
         keep = tl.trans(keep_tile(seed, batch_head, first_row, first_column, threshold, BLOCK_M, BLOCK_N))
         p = tl.where(keep, p, -p)
-    dout = load_rows(d_base, first_row, d_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
+    dout = load_rows(d_base, batch_head, n_heads, first_row, d_row, q_len, True, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
     dropped = tl.where(p < 0.0, 0.0, p) if DROPOUT else p
     dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)

@@ -6,6 +6,13 @@
 
 Strides come in units of UNIT elements (8 where all allow it), which tells the compiler that rows are aligned for
 16-byte accesses also when head_dim is 40. Offsets are int64.
+
+UNIT 0 says that a tensor comes not as a pointer but as a TMA descriptor of (batch, n_heads, length, head_dim) with
+blocks of (1, 1, BLOCK, BLOCK_D): from sm_90 on one thread then asks for a whole tile, no register holds an address, and
+what lies beyond length or head_dim arrives as zeros. The two leading ones let the compiler leave the tile where it
+arrives, in shared memory, for the products; with the heads behind the rows, as packed tensors lie, it takes it
+through registers (seen in what Triton 3.9 compiles), so the descriptor names the axes in this order, whatever the
+strides.
 """
 
 import triton
@@ -21,26 +28,37 @@ ANY_VALUE = ["batch_heads", "n_heads", "q_len", "k_len", "seed", "threshold", *S
 
 @triton.jit
 def head_base(ptr, batch_head, n_heads, stride_batch, stride_head, UNIT: tl.constexpr):
-    """Where the head of one batch element begins."""
-    return ptr + (batch_head // n_heads * stride_batch + batch_head % n_heads * stride_head) * UNIT
+    """Where the head of one batch element begins; a descriptor stays what it is."""
+    if UNIT == 0:
+        base = ptr
+    else:
+        base = ptr + (batch_head // n_heads * stride_batch + batch_head % n_heads * stride_head) * UNIT
+    return base
 
 
 @triton.jit
 def load_rows(
-    base, first, stride, n_rows, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    base, batch_head, n_heads, first, stride, n_rows, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Rows first ... first + BLOCK as (BLOCK, BLOCK_D), zeros beyond head_dim and, when BOUNDED, beyond n_rows."""
+    """Rows first ... first + BLOCK as (BLOCK, BLOCK_D), zeros beyond head_dim and, when BOUNDED, beyond n_rows.
+
+    base is what head_base gave for this head."""
     row, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    ptrs = base + first * stride * UNIT + (row * stride * UNIT)[:, None] + column[None, :]
-    if BOUNDED:
-        inside = (first + row < n_rows)[:, None]
-        if HEAD_DIM != BLOCK_D:
-            inside = inside & (column < HEAD_DIM)[None, :]
-        return tl.load(ptrs, mask=inside, other=0.0)
-    if HEAD_DIM != BLOCK_D:
-        return tl.load(ptrs, mask=(column < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(ptrs)
+    if UNIT == 0:
+        value = base.load([batch_head // n_heads, batch_head % n_heads, first, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        ptrs = base + first * stride * UNIT + (row * stride * UNIT)[:, None] + column[None, :]
+        if BOUNDED:
+            inside = (first + row < n_rows)[:, None]
+            if HEAD_DIM != BLOCK_D:
+                inside = inside & (column < HEAD_DIM)[None, :]
+            value = tl.load(ptrs, mask=inside, other=0.0)
+        elif HEAD_DIM != BLOCK_D:
+            value = tl.load(ptrs, mask=(column < HEAD_DIM)[None, :], other=0.0)
+        else:
+            value = tl.load(ptrs)
+    return value
 
 
 @triton.jit

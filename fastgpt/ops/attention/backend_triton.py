@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import philox, triton_support
+from fastgpt.ops.attention import tma
 from fastgpt.ops.triton_support import next_power_of_2
 
 if TYPE_CHECKING:
     from fastgpt.ops.attention import Case
+    from fastgpt.tuning import AttentionTile
 
 AUTOMATIC = triton_support.UNPROVEN
 
@@ -46,9 +48,9 @@ def forward(
         return out, lse
     with triton_support.device_of(q):
         tile = choose("attention_forward", *_tuning(q, dropout_p))
-        strides, unit = _strides(q, k, v)
+        (q_tiles, k_tiles, v_tiles), strides, unit = _read_by(tile, "mnn", q, k, v)
         kernel[_grid(q, q.shape[2], tile.block_m)](
-            out, lse, q, k, v, *_sizes(q, k), *strides, softmax_scale, *_dropout(dropout_p, seed),
+            out, lse, q_tiles, k_tiles, v_tiles, *_sizes(q, k), *strides, softmax_scale, *_dropout(dropout_p, seed),
             **_constants(q, tile, dropout_p, unit),
         )  # fmt: skip
     return out, lse
@@ -82,18 +84,21 @@ def backward(
     if k.numel() == 0:
         return dq, dk, dv
     with triton_support.device_of(q):
-        tuning = _tuning(q, dropout_p)
-        strides, unit = _strides(dout, q, k, v)
-        shared = *_sizes(q, k), *strides, softmax_scale, *_dropout(dropout_p, seed)
+        tuning, sizes = _tuning(q, dropout_p), _sizes(q, k)
+        settings = softmax_scale, *_dropout(dropout_p, seed)
         if q.shape[2]:
             tile = choose("attention_backward_dq", *tuning)
+            tiles, strides, unit = _read_by(tile, "mmnn", dout, q, k, v)
             kernels.causal_attention_backward_dq_kernel[_grid(q, q.shape[2], tile.block_m)](
-                dq, delta, dout, q, k, v, out, lse, *shared, **_constants(q, tile, dropout_p, unit), **pack
-            )
+                dq, delta, *tiles, out, lse, *sizes, *strides, *settings,
+                **_constants(q, tile, dropout_p, unit), **pack,
+            )  # fmt: skip
         tile = choose("attention_backward_dkdv", *tuning)
+        tiles, strides, unit = _read_by(tile, "mmnn", dout, q, k, v)
         kernels.causal_attention_backward_dkdv_kernel[_grid(q, k.shape[2], tile.block_n)](
-            dk, dv, dout, q, k, v, lse, delta, *shared, **_constants(q, tile, dropout_p, unit), **pack
-        )
+            dk, dv, *tiles, lse, delta, *sizes, *strides, *settings,
+            **_constants(q, tile, dropout_p, unit), **pack,
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -122,6 +127,17 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
     return q.shape[0] * q.shape[1], q.shape[1], q.shape[2], k.shape[2]
 
 
+def _read_by(tile: AttentionTile, sides: str, *tensors: Tensor) -> tuple[list[Any], list[int], int]:
+    """What the kernel gets for each tensor, the strides and their unit: descriptors where the tile says so and they
+    can be, else the tensors. `sides` says which side of the tile each tensor's rows make, m or n."""
+    if tile.tma and tma.why_not(*tensors) is None:
+        rows = {"m": tile.block_m, "n": tile.block_n}
+        block_d = _block_d(tensors[0])
+        described = [tma.descriptor(x, rows[side], block_d) for x, side in zip(tensors, sides, strict=True)]
+        return described, [0] * 3 * len(tensors), 0
+    return [*tensors], *_strides(*tensors)
+
+
 def _strides(*tensors: Tensor) -> tuple[list[int], int]:
     """The first three strides of each tensor in units of 8 elements where all allow it, and that unit."""
     strides = [
@@ -139,7 +155,7 @@ def _dropout(dropout_p: float, seed: int) -> tuple[int, int, float]:
     return seed, philox.threshold(dropout_p), philox.scale(dropout_p)
 
 
-def _constants(q: Tensor, tile: Any, dropout_p: float, unit: int) -> dict[str, Any]:
+def _constants(q: Tensor, tile: AttentionTile, dropout_p: float, unit: int) -> dict[str, Any]:
     tf32 = q.dtype == torch.float32 and triton_support.tf32_allowed()
     return {
         "HEAD_DIM": q.shape[3],
