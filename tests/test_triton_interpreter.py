@@ -36,10 +36,10 @@ SLOW = "thousands_of_rows or many_rows or many_chunks or threads_share or thousa
     [
         ("test_layer_norm.py", "test_gelu.py", "test_triton_rounding.py"),
         ("test_dropout_add_layer_norm.py", "test_embedding.py"),
-        ("test_linear_cross_entropy.py", "test_triton_rows.py"),
-        ("test_triton_attention.py",),
+        ("test_linear_cross_entropy.py", "test_triton_rows.py", "test_triton_tuning.py"),
+        ("test_triton_attention.py", "test_packed_causal_attention.py"),
     ],
-    ids=["norm-gelu", "residual-embedding", "loss", "attention"],
+    ids=["norm-gelu", "residual-embedding", "loss-tuning", "attention"],
 )
 def test_the_kernels_pass_their_tests_in_the_interpreter(files):
     # Without a GPU: a visible one would be used beside the interpreter, and slowly.

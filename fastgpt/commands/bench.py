@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastgpt.commands import tune
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastgpt.tuning import AttentionTile
-
 EXAMPLES = """\
 examples:
   fastgpt bench                        forward and backward of every op, in milliseconds, on each backend that runs here
-  fastgpt bench --tune                 on a GPU: time the tiles of the Triton attention, and remember the fastest
-  fastgpt bench --tune --head-dim 128 --dtype bfloat16
+  fastgpt bench --tune                 on a GPU: time the tiles of every Triton kernel, and remember the fastest
+  fastgpt bench --tune --kernels attention --head-dim 128 --dtype float16
 
 Backends take turns, so that a noisy machine is noisy for all alike. What --tune finds is used from then on; it lies in
 ~/.cache/fastgpt/tiles.json, or where FASTGPT_TILES says, and deleting that file undoes it.
 """
-
-TILES = list(product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to time."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each backend (default 7)")
-    parser.add_argument("--tune", action="store_true", help="find the tiles of the Triton attention on this GPU")
-    parser.add_argument("--head-dim", type=int, default=64, help="with --tune (default 64)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="with --tune")
-    parser.add_argument("--tokens", type=int, default=2048, help="with --tune: length of the sequences (default 2048)")
-    parser.add_argument("--out", metavar="FILE", help="with --tune: where the tiles go, instead of the usual file")
+    parser.add_argument("--tune", action="store_true", help="find the tiles of the Triton kernels on this GPU")
+    tune.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     if args.tune:
-        return tune(args)
+        return tune.run(args)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     print(f"forward and backward, milliseconds, median of {args.rounds} rounds, on {device}\n")
     for name, times in op_times(device, args.rounds):
@@ -101,56 +94,3 @@ def steps(torch: Any) -> Any:
     yield "linear_cross_entropy (512, 50257)", step(loss, x, tokens)
     heads = [leaf(1, 12, 512, 64) for _ in range(3)]
     yield "causal_attention (12, 512, 64)", step(ops.causal_attention, *heads)
-
-
-def tune(args: argparse.Namespace) -> int:
-    """Time the candidates of each attention kernel on the present GPU."""
-    import torch
-
-    from fastgpt import env, tuning
-    from fastgpt.ops import triton_support
-
-    reason = triton_support.why_not("cuda") if torch.cuda.is_available() else "torch sees no CUDA device here"
-    if reason is not None or not torch.cuda.is_available():
-        print(f"Nothing to tune: {reason}.")
-        return 1
-    path = Path(args.out) if args.out else env.tiles_file()
-    found: dict[str, AttentionTile] = {}
-    for dropout in (False, True):
-        for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkdv"):
-            name, tile, seconds = tune_kernel(kernel, args, dropout)
-            found[name] = tile
-            print(f"{name:<44}{tile}   {1e3 * seconds:.3f} ms", flush=True)
-    tuning.write(path, found)
-    print(f"\nWritten to {path}. The kernels take them from now on; delete the file to undo it.")
-    return 0
-
-
-def tune_kernel(kernel: str, args: argparse.Namespace, dropout: bool) -> tuple[str, AttentionTile, float]:
-    """The row for one kernel: its key, the fastest tile, and the seconds of the pass that it belongs to."""
-    import torch
-    from triton.runtime.errors import OutOfResources
-
-    from fastgpt import tuning
-    from fastgpt.ops import triton_support
-    from fastgpt.ops.attention import backend_triton as backend
-    from fastgpt.timing import race
-
-    dtype = getattr(torch, args.dtype)
-    shape = (max(1, 16384 // args.tokens), args.tokens, 12, args.head_dim)
-    q, k, v, dout = (torch.randn(shape, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(4))
-    settings = (args.head_dim**-0.5, 0.1 if dropout else 0.0, 5)
-    out, lse = backend.forward(q, k, v, *settings)
-
-    def seconds(tile: AttentionTile, rounds: int) -> float:
-        def call() -> Any:
-            with tuning.force(kernel, tile):
-                if kernel == "attention_forward":
-                    return backend.forward(q, k, v, *settings)
-                return backend.backward(dout, q, k, v, out, lse, *settings)
-
-        return race({"tile": call}, rounds=rounds, min_time=0.005, device="cuda")["tile"].median
-
-    best, time = tuning.search([tuning.AttentionTile(*tile) for tile in TILES], seconds, unusable=(OutOfResources,))
-    block_d = max(backend.MIN_BLOCK_D, triton_support.next_power_of_2(args.head_dim))
-    return tuning.key(kernel, triton_support.chip(q), 8 * dtype.itemsize, block_d, dropout), best, time
