@@ -1,5 +1,4 @@
-"""Causal attention, backward: dq, then dk and dv, each by programs that alone write their rows, so every run gives the
-same bits (a single pass would add dq by atomics).
+"""Causal attention, backward: dq, then dk and dv, each by programs that alone write their rows.
 
     P = exp(q kᵀ · softmax_scale - lse)      dP = dropout(dout vᵀ)      delta = Σ dout · out, one number a row
     dS = P ∘ (dP - delta)                    dq = softmax_scale · dS k
@@ -9,6 +8,23 @@ Work of the first kernel: as in the forward, BLOCK_M queries over the keys they 
 has the rows for, and stores it. Work of the second: BLOCK_N keys over the queries that see them, on transposed tiles,
 so that the products with P and dS take them from registers. P and the dropout mask are computed again; products are
 accumulated in float32. The longest walks come first in the grid: the last queries, the first keys.
+
+Two passes or one: a single pass over the keys has P and dS once and adds dq from all its programs. Counted for one head
+of N queries and keys, W = N²/2 visible weights, D = head_dim, 16-bit tensors:
+
+                                    two passes (here)          one pass
+    products of 2 W D operations    7 (3 for dq, 4 for dkdv)   5                      1.4 times as many here
+    exponentials and dropout draws  2 W                        W                      twice as many here
+    read for each block of rows     k, v: W D 4 / BLOCK_M      -                      bytes, mostly from the L2 cache
+    read for each block of keys     q, dout: W D 4 / BLOCK_N   the same
+    atomic float32 additions        none                       W D / BLOCK_N          4 of each dq at N = 1024 and
+                                                                                      BLOCK_N = 128, 64 at N = 16384
+    buffers                         delta, 4 N                 delta, 4 N; dq in float32, 4 N D, cleared before, read
+                                                               and rounded to 16 bits after; a pass for delta
+
+Two passes are used: every run gives the same bits, dq goes straight to its 16 bits and its place in a packed gradient,
+and nothing depends on how fast a chip adds. FlashAttention takes one pass, which wins where the atomics hide behind the
+products. No GPU has timed either here.
 
 Bytes: q, k, v, dout twice and more as the L2 cache allows, out, lse, delta, dq, dk, dv once.
 Paper: Dao, "FlashAttention-2", 2023.
