@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgpt import env
 from fastgpt.ops import triton_support
 from fastgpt.ops.attention import OP as ATTENTION
 from fastgpt.ops.attention import Case, backend_triton
@@ -23,6 +24,7 @@ from fastgpt.ops.embedding import OP as EMBEDDING
 from fastgpt.ops.gelu import OP as GELU
 from fastgpt.ops.layer_norm import OP as LAYER_NORM
 from fastgpt.ops.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
+from fastgpt.ops.packed_causal_attention import OP as PACKED_CAUSAL_ATTENTION
 
 TESTS = Path(__file__).resolve().parent
 TRITON = importlib.util.find_spec("triton") is not None
@@ -52,8 +54,9 @@ def test_the_kernels_pass_their_tests_in_the_interpreter(files):
         capture_output=True,
         text=True,
     )
-    # Seen with Triton 3.6 and NumPy 2.4; 3.6 with NumPy 2.3 and 3.9 with 2.4 pass.
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+    # Seen with Triton 3.6 and NumPy 2.4, which constraints.txt rules out; 3.6 with 2.3 and 3.9 with 2.4 pass.
+    broken = "only 0-dimensional arrays can be converted to Python scalars" in done.stdout
+    if broken and "triton" not in env.require():
         pytest.skip("the interpreter of this Triton does not work with this NumPy")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-500:]
@@ -70,7 +73,9 @@ def test_bfloat16_attention_is_refused_in_the_interpreter(monkeypatch):
     assert "bfloat16" in ATTENTION.module("triton").why_not(Case("cpu", torch.bfloat16, 64, True, False, False))
 
 
-OPS = [ATTENTION, LAYER_NORM, GELU, DROPOUT_ADD_LAYER_NORM, EMBEDDING, LINEAR_CROSS_ENTROPY]
+OPS = [
+    ATTENTION, PACKED_CAUSAL_ATTENTION, LAYER_NORM, GELU, DROPOUT_ADD_LAYER_NORM, EMBEDDING, LINEAR_CROSS_ENTROPY,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

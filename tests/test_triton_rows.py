@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from fastgpt import ops
+from fastgpt.ops.attention import Case as AttentionCase
 from fastgpt.ops.dropout_add_layer_norm import Case as NormCase
 from fastgpt.ops.embedding import OP as EMBEDDING
 from fastgpt.ops.embedding import Case as EmbeddingCase
 from fastgpt.ops.gelu import Case as GeluCase
+from fastgpt.ops.layer_norm import Case as LayerNormCase
 from fastgpt.ops.linear_cross_entropy import OP as LOSS
 from fastgpt.ops.linear_cross_entropy import Case as LossCase
 
@@ -27,6 +29,21 @@ def norm(op_backend):
     inputs = leaf(3, 20), leaf(3, 20), leaf(20), leaf(20)
     door = lambda *a: ops.dropout_add_layer_norm(*a, dropout_p=0.3, backend="triton")  # noqa: E731
     return op, (*inputs, torch.tensor(5, device="cpu"), 0.3, 1e-5, "triton"), door, inputs
+
+
+def layer_norm(op_backend):
+    op_backend("layer_norm", LayerNormCase("cpu", F32, F32, 20))
+    inputs = leaf(3, 20), leaf(20), leaf(20)
+    door = lambda *a: (ops.layer_norm(*a, backend="triton"),)  # noqa: E731
+    return torch.ops.fastgpt.layer_norm.default, (*inputs, 1e-5, "triton"), door, inputs
+
+
+def packed(op_backend):
+    op_backend("packed_causal_attention", AttentionCase("cpu", F32, 16, True, True, True))
+    inputs = (leaf(1, 5, 3, 1, 16),)
+    door = lambda *a: (ops.packed_causal_attention(*a, dropout_p=0.3, backend="triton"),)  # noqa: E731
+    settings = torch.tensor(5, device="cpu"), 0.25, 0.3, "triton"
+    return torch.ops.fastgpt.packed_causal_attention.default, (*inputs, *settings), door, inputs
 
 
 def gelu(op_backend):
@@ -52,7 +69,7 @@ def loss(op_backend):
     return op, (*inputs, targets, -100, True, True, "triton"), door, inputs
 
 
-ROOMS = pytest.mark.parametrize("make", [norm, gelu, embedding, loss], ids=lambda f: f.__name__)
+ROOMS = pytest.mark.parametrize("make", [norm, layer_norm, gelu, embedding, loss, packed], ids=lambda f: f.__name__)
 
 
 @ROOMS
