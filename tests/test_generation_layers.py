@@ -19,7 +19,7 @@ def tensors(shape, dtype, seed=0):
     return weight.to(dtype), torch.randn(shape[0], generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("rows", [(0,), (1,), (2,), (3,), (4,), (5,), (20,), (2, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize("rows", [(0,), (1,), (2,), (3,), (4,), (5,), (20,), (40,), (2, 7), (2, 33), (1, 1)], ids=str)
 @pytest.mark.parametrize("shape", [SMALL, LARGE], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [True, False])
