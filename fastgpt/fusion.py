@@ -170,11 +170,12 @@ def add_and_norm(
     """
     p, parts = dropout_p(drop), None if follower is None else norm(follower)
     # Under autocast the branch is bfloat16 and the sum float32, as PyTorch promotes them.
-    if p is None or parts is None or branch.dtype != x.dtype or type(branch) is not Tensor:
+    joined = torch.promote_types(branch.dtype, x.dtype) == x.dtype and type(branch) is Tensor
+    if p is None or parts is None or not joined:
         total = x + drop(branch)
         return total, None if follower is None else follower(total)
     weight, bias, eps = parts
-    return ops.dropout_add_layer_norm(branch, x, weight, bias, dropout_p=p, eps=eps)
+    return ops.dropout_add_layer_norm(branch.to(x.dtype), x, weight, bias, dropout_p=p, eps=eps)
 
 
 def embed(tok_emb: nn.Module, pos_emb: nn.Module, in_idx: Tensor, p: float) -> Tensor | None:
@@ -202,8 +203,12 @@ def loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         head: the output head.
         targets: (batch, n_tokens) int64; -100 does not count.
     """
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    if is_linear(head) and cast(nn.Linear, head).bias is None and not autocast:
+    if is_linear(head) and cast(nn.Linear, head).bias is None and not _scales_losses(hidden.device.type):
         return ops.linear_cross_entropy(hidden, cast(nn.Linear, head).weight, targets)
     logits: Tensor = linear(head, hidden)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _scales_losses(device: str) -> bool:
+    """True under float16 autocast, where small gradients are lost unless the loss is scaled before they are made."""
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16

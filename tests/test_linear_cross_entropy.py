@@ -163,11 +163,22 @@ def test_no_tensor_holds_the_logits_of_all_rows(monkeypatch):
     assert max(seen) == 64 and sum(seen) == 300
 
 
-def test_an_autocast_region_changes_nothing():
-    tensors = inputs((33,), 16, 50)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_under_autocast_products_are_rounded_and_the_loss_is_not(backend):
+    x, weight, targets = inputs((33,), 16, 50)
+    # What PyTorch does there: products of bfloat16, then a float32 loss.
     with torch.autocast("cpu", torch.bfloat16):
-        got = results(tensors, "torch")
-    torch.testing.assert_close(got, results(tensors, "torch"), rtol=0, atol=0)
+        naive = F.cross_entropy(F.linear(x, weight), targets)
+        naive_grads = torch.autograd.grad(naive, (x, weight))
+        got = ops.linear_cross_entropy(x, weight, targets, backend=backend)
+    grads = torch.autograd.grad(got, (x, weight))
+    truth = F.cross_entropy(x.double() @ weight.double().t(), targets)
+    true_grads = torch.autograd.grad(truth, (x, weight))
+    assert got.dtype == torch.float32
+    assert_within_bound(got, naive, truth, floor=2e-4)
+    for grad, plain, true in zip(grads, naive_grads, true_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert_within_bound(grad, plain, true, factor=GRADIENT_FACTOR)
 
 
 def test_float64_passes_gradcheck():

@@ -122,8 +122,11 @@ class FusedLinear(Fused):
     IS_LINEAR: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and _usable(args[0]) and args[0].dtype == self.weight.dtype:
-            return ops.linear(args[0], cast(Tensor, self.weight), cast("Tensor | None", self.bias))
+        if len(args) == 1 and not kwargs and _usable(args[0]):
+            x, weight = args[0], cast(Tensor, self.weight)
+            # Under autocast the op casts both, as PyTorch does.
+            if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+                return ops.linear(x, weight, cast("Tensor | None", self.bias))
         return super().forward(*args, **kwargs)
 
 

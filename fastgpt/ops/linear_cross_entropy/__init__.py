@@ -10,7 +10,7 @@ PyTorch offers
 
     forward(x, weight, targets, ignore_index, needs_dx, needs_dweight) -> (loss, dx, dweight)
 
-for x (rows, n) and targets (rows,), with None for a gradient that is not needed.
+for x (rows, n) and targets (rows,), with None for a gradient that is not needed; the loss is not rounded yet.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def linear_cross_entropy(
 
     Returns:
         (), in the dtype of `x`: F.cross_entropy of the logits; NaN when every target is ignored. Sums are float32
-        (float64 for float64).
+        (float64 for float64). Under torch.autocast products are in its dtype, and the loss is float32, as PyTorch's.
 
     Raises:
         IndexError: a target is outside the vocabulary (on the CPU; elsewhere as the backend does).
@@ -64,18 +64,24 @@ def linear_cross_entropy(
     """
     _check(x, weight, targets)
     x, targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
+    dtype, device = x.dtype, x.device.type
+    if dtype is not torch.float64 and torch.is_autocast_enabled(device):
+        x, dtype = x.to(torch.get_autocast_dtype(device)), torch.float32
+        weight = weight if weight.dtype is torch.float32 else weight.to(x.dtype)
     needs_dx, needs_dweight = registration.needs_grad(x), registration.needs_grad(weight)
     if torch.compiler.is_compiling():
         call = torch.ops.fastgpt.linear_cross_entropy
         loss: Tensor = call(x, weight, targets, ignore_index, needs_dx, needs_dweight, backend)[0]
-        return loss
+        return loss.to(dtype)
     _check_targets(targets, weight.shape[0], ignore_index)
     chosen = OP.choose(_case(x, weight), backend)
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
-        return chosen.apply(x, weight, targets, ignore_index)
-    if needs_dx or needs_dweight:
-        return _LinearCrossEntropy.apply(x, weight, targets, ignore_index, chosen)
-    return chosen.forward(x, weight, targets, ignore_index, False, False)[0]
+        loss = chosen.apply(x, weight, targets, ignore_index)
+    elif needs_dx or needs_dweight:
+        loss = _LinearCrossEntropy.apply(x, weight, targets, ignore_index, chosen)
+    else:
+        loss = chosen.forward(x, weight, targets, ignore_index, False, False)[0]
+    return loss.to(dtype)
 
 
 def _case(x: Tensor, weight: Tensor) -> Case:
@@ -163,6 +169,7 @@ def _forward(
         loss = chosen.apply(x, weight, targets, ignore_index)
         dx, dweight = chosen.gradients(x, weight, targets, ignore_index)
     # An op gives tensors only: an empty one stands for no gradient.
+    loss = loss.to(torch.promote_types(x.dtype, torch.float32))
     return loss, dx if needs_dx else x.new_empty(0), dweight if needs_dweight else weight.new_empty(0)
 
 
@@ -170,7 +177,8 @@ def _forward_fake(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool, *unused: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape if needs_dx else (0,))
-    return x.new_empty(()), dx, weight.new_empty(weight.shape if needs_dweight else (0,))
+    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    return loss, dx, weight.new_empty(weight.shape if needs_dweight else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

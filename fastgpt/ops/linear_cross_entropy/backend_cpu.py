@@ -33,7 +33,7 @@ def why_not(case: Case) -> str | None:
 def forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns the mean loss, dx (like x, contiguous) and dweight (like weight), or None for what is not needed."""
+    """Returns the mean loss (float32), dx (like x) and dweight (like weight), or None for what is not needed."""
     # Inside an autocast region the products would come back in another dtype than the buffers have.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, targets, head = as_rows(x), targets.contiguous(), weight.to(x.dtype)
@@ -46,7 +46,7 @@ def forward(
             for gradient in (dx, dweight):
                 if gradient is not None:
                     gradient.zero_()
-            return x.new_full((), torch.nan), dx, dweight
+            return torch.full((), torch.nan), dx, dweight
         buffer = torch.empty(min(CHUNK_ROWS, len(x)), head.shape[0], dtype=x.dtype)
         for begin in range(0, len(x), CHUNK_ROWS):
             rows = slice(begin, begin + CHUNK_ROWS)
@@ -57,7 +57,7 @@ def forward(
                 matmul_into(dx[rows], logits, head)
             if dweight is not None:
                 matmul_into(dweight, logits.t(), x[rows], accumulate=begin > 0)
-        return (losses.double().sum() / count).to(x.dtype), dx, dweight
+        return (losses.double().sum() / count).float(), dx, dweight
 
 
 def _cross_entropy(

@@ -29,7 +29,7 @@ def chunk_rows(rows: int, vocab_size: int, device: str) -> int:
 def forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns the mean loss, dx (like x, contiguous) and dweight (like weight), or None for what is not needed."""
+    """Returns the mean loss (float32 or wider), dx (like x) and dweight (like weight), or None where not needed."""
     # Inside an autocast region the products would come back in another dtype than the buffers have.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return _forward(x, weight, targets, ignore_index, needs_dx, needs_dweight)
@@ -68,7 +68,7 @@ def _forward(
             torch.mm(dlogits, head, out=dx[rows])
         if dweight is not None:
             add_product(dweight, dlogits.t(), x[rows], first=begin == 0)
-    return (total / count).to(x.dtype), dx, dweight
+    return total / count, dx, dweight
 
 
 def add_product(into: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

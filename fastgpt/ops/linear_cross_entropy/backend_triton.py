@@ -39,7 +39,7 @@ def why_not(case: Case) -> str | None:
 def forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns the mean loss, dx (like x, contiguous) and dweight (like weight), or None for what is not needed."""
+    """Returns the mean loss (float32), dx (like x) and dweight (like weight), or None for what is not needed."""
     # Inside an autocast region the products would come back in another dtype than the buffers have.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), triton_support.device_of(x):
         x, targets = as_rows(x), targets.contiguous()
@@ -64,7 +64,7 @@ def forward(
             if dhead is not None:
                 add_product(dhead, logits.t(), x[chunk], first=begin == 0)
         dweight = None if dhead is None else dhead[:vocab_size].to(weight.dtype)
-        return (losses.sum() / count).to(x.dtype), dx, dweight
+        return losses.sum() / count, dx, dweight
 
 
 def padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
