@@ -67,9 +67,9 @@ def make_step(provider: str, batch: int, length: int, drop_rate: float) -> Calla
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0) if base == "book" else make_adamw(model, 0.0, 0.1)
 
     def loss_of_batch() -> torch.Tensor:
-        if base in ("fastgpt", "accelerated"):
-            return calc_loss_batch(inputs, targets, model, "cpu")
         with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in flags):
+            if base in ("fastgpt", "accelerated"):
+                return calc_loss_batch(inputs, targets, model, "cpu")
             return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
     def step() -> float:
@@ -135,7 +135,7 @@ def main() -> None:
         name, batch, length, drop_rate = sys.argv[2:]
         step = make_step(name, int(batch), int(length), float(drop_rate))
         # What every training loop of fastgpt does; where malloc is tuned by environment it does nothing.
-        with kept_memory() if name in ("fastgpt", "accelerated") else nullcontext():
+        with kept_memory() if name.startswith(("fastgpt", "accelerated")) else nullcontext():
             serve(step)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
