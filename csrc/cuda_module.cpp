@@ -204,4 +204,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("attention_backward", &fastgpt::attention_backward);
   module.def("decode_attention", &fastgpt::decode_attention);
   fastgpt::bind_cuda_decoder(module);
+  fastgpt::bind_cuda_rows(module);
 }

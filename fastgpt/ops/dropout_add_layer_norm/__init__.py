@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgpt.ops import dispatch, philox, registration
 from fastgpt.ops.layer_norm.layout import check_weights
 
-BACKENDS = ("triton", "cpu", "torch", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
 
 
 class Case(NamedTuple):

@@ -1,4 +1,4 @@
-"""GELU in CUDA C++: kernels/cuda/gelu.cuh."""
+"""GELU in CUDA C++: kernels/cuda/gelu.cuh, and bias_gelu.cuh where there is a bias."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgpt.ops import cuda_support
+from fastgpt.ops import cuda_rows, cuda_support
 from fastgpt.ops.cuda_support import DTYPE_CODES
 from fastgpt.ops.gelu.unfused import bias_gradient, biased
 
@@ -24,6 +24,8 @@ def why_not(case: Case) -> str | None:
 
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Returns gelu(x + bias), contiguous."""
+    if bias is not None and _fits(x):
+        return cuda_rows.gelu_forward(x, bias)
     with cuda_support.device_of(x):
         x = biased(x, bias).contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -34,6 +36,8 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
 
 def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Returns dx = dout · gelu'(x + bias), contiguous, and dbias."""
+    if bias is not None and _fits(x):
+        return cuda_rows.gelu_backward(dout, x, bias)
     with cuda_support.device_of(x):
         x, dout = biased(x, bias).contiguous(), dout.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -42,3 +46,7 @@ def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
             x.numel(), DTYPE_CODES[x.dtype], cuda_support.stream(),
         )  # fmt: skip
         return dx, bias_gradient(dx, bias)
+
+
+def _fits(x: Tensor) -> bool:
+    return x.shape[-1] > 0 and x.shape[-1] % cuda_rows.GROUP == 0

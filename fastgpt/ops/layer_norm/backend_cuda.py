@@ -1,4 +1,4 @@
-"""Layer normalisation in CUDA C++: kernels/cuda/layer_norm.cuh."""
+"""Layer normalisation in CUDA C++: kernels/cuda/row_norm.cuh, and layer_norm.cuh for rows that it does not take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgpt.ops import cuda_support
+from fastgpt.ops import cuda_rows, cuda_support
 from fastgpt.ops.cuda_support import DTYPE_CODES
 from fastgpt.ops.layer_norm.layout import as_rows
 
@@ -27,6 +27,9 @@ def why_not(case: Case) -> str | None:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out (like x, contiguous), mean and rstd (x.shape[:-1], float32)."""
+    if _fits(as_rows(x)):
+        out, _, mean, rstd = cuda_rows.norm_forward(x, None, weight, bias, eps, 0.0, 0)
+        return out, mean, rstd
     with cuda_support.device_of(x):
         rows = as_rows(x)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -44,6 +47,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
 
 def backward(dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx (like x, contiguous), dweight and dbias (n,) in the dtype of weight."""
+    if _fits(as_rows(x)):
+        return cuda_rows.norm_backward(None, dout, x, weight, mean, rstd, 0.0, 0)[1:]
     with cuda_support.device_of(x):
         rows, drows = as_rows(x), as_rows(dout)
         weight = weight.contiguous()
@@ -58,3 +63,7 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
             DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], cuda_support.stream(),
         )  # fmt: skip
         return dx, dweight, dbias
+
+
+def _fits(rows: Tensor) -> bool:
+    return 0 < rows.shape[1] <= cuda_rows.MAX_N and cuda_rows.is_aligned(rows)
