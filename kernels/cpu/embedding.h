@@ -8,6 +8,11 @@
 // are a chain (first, next) in rising order; they are summed as row_sums.h does, in float32, 64 to a block. The mask is
 // drawn by Philox in both directions. Bytes: forward one write and at most two reads of out, backward two reads of
 // dout and one write of dweight and of dposition.
+//
+// Tried (two Zen 3 cores, forward and backward of 4 x 256 tokens, 50257 x 768 float32, memory kept by the allocator;
+// PyTorch 6.7 to 7.2 ms): zeros by memset 7.1 ms, streamed past the caches 3.1 ms, 46 GB/s of writes. Where dweight
+// lies on fresh pages, page faults take ten times as long as all else: 58 ms by memset, 67 ms streamed, PyTorch 57
+// to 61.
 #pragma once
 
 #include "parallel.h"
