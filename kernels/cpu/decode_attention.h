@@ -12,6 +12,9 @@
 //   1 head of 5 blocks, 2 threads:    [0 0 | 0 0 0], two partial results
 //
 // Bytes: each key and value once. What lies in the cache behind a row's length is never read: it may be NaN.
+// Measured on one core of an AMD EPYC (Zen 3), head_dim 64, float32, ns a key and query at 64, 512 and 1000 keys:
+//   one key's sum added across the lanes at a time                  8.9, 8.9, 9.4
+//   as many keys as lanes, added across together (now)              5.7, 6.4, 7.7: then the second level of cache
 // Papers: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "Flash-Decoding", 2023.
 #pragma once
 
@@ -31,13 +34,16 @@ struct Panel {
   static constexpr int kVectors = N;
 };
 
+// The lanes of whole vectors: a constant, without which every load would ask whether it is one.
+using Full = std::integral_constant<int64_t, kLanes>;
+
 template <class Body>
 FASTGPT_INLINE void for_panels(int64_t head_dim, Body body) {
   int64_t d = 0;
-  for (; d + 8 * kLanes <= head_dim; d += 8 * kLanes) body(Panel<8>(), d, static_cast<int64_t>(kLanes));
-  if (d + 4 * kLanes <= head_dim) body(Panel<4>(), d, static_cast<int64_t>(kLanes)), d += 4 * kLanes;
-  if (d + 2 * kLanes <= head_dim) body(Panel<2>(), d, static_cast<int64_t>(kLanes)), d += 2 * kLanes;
-  if (d + kLanes <= head_dim) body(Panel<1>(), d, static_cast<int64_t>(kLanes)), d += kLanes;
+  for (; d + 8 * kLanes <= head_dim; d += 8 * kLanes) body(Panel<8>(), d, Full());
+  if (d + 4 * kLanes <= head_dim) body(Panel<4>(), d, Full()), d += 4 * kLanes;
+  if (d + 2 * kLanes <= head_dim) body(Panel<2>(), d, Full()), d += 2 * kLanes;
+  if (d + kLanes <= head_dim) body(Panel<1>(), d, Full()), d += kLanes;
   if (d < head_dim) body(Panel<1>(), d, head_dim - d);
 }
 
@@ -52,22 +58,31 @@ FASTGPT_INLINE float exponent_base(float m) { return m == -__builtin_inff() ? 0.
 
 FASTGPT_INLINE float exp_of(float x) { return exp(splat(x))[0]; }
 
-// scores[j] += q . k_j over one panel; lanes is kLanes, or the length of the head's tail.
-template <int N, class T>
-FASTGPT_INLINE void add_scores(float* scores, const float* q, const T* k, int64_t keys, int64_t stride, int64_t lanes) {
-  VecF qv[N];
-  for (int n = 0; n < N; ++n) qv[n] = load_lanes(q + n * kLanes, lanes);
-  for (int64_t j = 0; j < keys; ++j, k += stride) {
-    VecF sum[2] = {};
-    for (int n = 0; n < N; ++n) sum[n % 2] += qv[n] * load_lanes(k + n * kLanes, lanes);
-    scores[j] += reduce_add(sum[0] + sum[1]);
+// scores[j] += q . k_j over one panel; lanes is kLanes, or the length of the head's tail. As many keys at a time as
+// there are lanes, so that their sums are added across the lanes together.
+template <int N, class T, class Lanes>
+FASTGPT_INLINE void add_scores(float* scores, const float* q, const T* k, int64_t keys, int64_t stride, Lanes lanes) {
+  int64_t j = 0;
+  for (; j + kLanes <= keys; j += kLanes, k += kLanes * stride) {
+    VecF sums[kLanes] = {};
+    for (int n = 0; n < N; ++n) {
+      const VecF part = load_lanes(q + n * kLanes, lanes);
+#pragma GCC unroll 16
+      for (int key = 0; key < kLanes; ++key) sums[key] += part * load_lanes(k + key * stride + n * kLanes, lanes);
+    }
+    store(scores + j, load(scores + j) + sum_rows(sums));
+  }
+  for (; j < keys; ++j, k += stride) {
+    VecF sum = {};
+    for (int n = 0; n < N; ++n) sum += load_lanes(q + n * kLanes, lanes) * load_lanes(k + n * kLanes, lanes);
+    scores[j] += reduce_add(sum);
   }
 }
 
 // acc = acc * rescale + sum_j p_j v_j over one panel.
-template <int N, class T>
+template <int N, class T, class Lanes>
 FASTGPT_INLINE void add_values(float* acc, float rescale, const float* p, const T* v, int64_t keys, int64_t stride,
-                               int64_t lanes) {
+                               Lanes lanes) {
   VecF sum[N];
   for (int n = 0; n < N; ++n) sum[n] = load_lanes(acc + n * kLanes, lanes) * rescale;
   for (int64_t j = 0; j < keys; ++j, v += stride)
@@ -82,7 +97,7 @@ static void decode_block(const DecodeAttentionArgs& a, DecodeState& state, const
   // The lanes past the last key: -inf has weight 0.
   float scores[kDecodeBlock], p[kDecodeBlock];
   for (int64_t j = 0; j < kDecodeBlock; ++j) scores[j] = j < keys ? 0.0f : -__builtin_inff();
-  for_panels(a.head_dim, [&](auto panel, int64_t d, int64_t lanes) {
+  for_panels(a.head_dim, [&](auto panel, int64_t d, auto lanes) {
     add_scores<decltype(panel)::kVectors>(scores, q + d, k + d, keys, a.k_strides[2], lanes);
   });
   VecF largest = splat(state.m);
@@ -97,7 +112,7 @@ static void decode_block(const DecodeAttentionArgs& a, DecodeState& state, const
   }
   state.l = state.l * rescale + reduce_add(sum);
   state.m = largest_now;
-  for_panels(a.head_dim, [&](auto panel, int64_t d, int64_t lanes) {
+  for_panels(a.head_dim, [&](auto panel, int64_t d, auto lanes) {
     add_values<decltype(panel)::kVectors>(state.acc + d, rescale, p, v + d, keys, a.v_strides[2], lanes);
   });
 }

@@ -204,14 +204,14 @@ struct DecoderThread {
     args.k_strides[2] = args.v_strides[2] = model.head_dim;
     args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(model.head_dim));
     DecodeState state;
-    for (int64_t m = 0; m < a.count; ++m) {
-      args.q = buffers.q + m * heads_width();
-      args.out = buffers.attended + m * heads_width();
-      for (int64_t head = first; head < last; ++head) {
+    // Head by head: of entries of one row, all but the first find its keys and values in cache.
+    for (int64_t head = first; head < last; ++head)
+      for (int64_t m = 0; m < a.count; ++m) {
+        args.q = buffers.q + m * heads_width();
+        args.out = buffers.attended + m * heads_width();
         decode_keys<T, float>(args, state, a.rows[m], head, 0, a.positions[m] + 1);
         write_out<float>(args, state, head);
       }
-    }
   }
 
   void widen(const DecoderLayer& layer) const {

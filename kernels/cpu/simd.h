@@ -336,5 +336,21 @@ FASTGPT_INLINE void transpose(VecF (&rows)[kLanes]) {
   }
 }
 
+// The sums of the lanes of each row, side by side: halves of two rows at a time are added.
+template <int h = kLanes / 2>
+FASTGPT_INLINE VecF sum_rows(VecF (&rows)[kLanes]) {
+  if constexpr (h == 0) {
+    return rows[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 8
+    for (int i = 0; i < h; ++i) {
+      const VecF first = rows[i], second = rows[i + h];
+      rows[i] = pick_lanes<FirstHalves<h>>(first, second, lanes) + pick_lanes<SecondHalves<h>>(first, second, lanes);
+    }
+    return sum_rows<h / 2>(rows);
+  }
+}
+
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt
