@@ -95,16 +95,15 @@ static void pack_inputs(const PackedInputs& to, WeightFormat format, const float
     // An input that is NaN or infinite makes the scale NaN, and with it the output.
     const float scale = reduce_max(largest) / 127.0f + reduce_add(not_finite);
     const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    VecI sum = {};
     for (int64_t i = 0; i < kScaleGroup; i += kLanes) {
       const VecI q = to_int(min(max(load(from + i) * inverse, splat(-127.0f)), splat(127.0f)));
-      sum += q;
       typedef int8_t Bytes __attribute__((vector_size(kLanes)));
       const Bytes bytes = __builtin_convertvector(q, Bytes);
       memcpy(to.bytes + line * kScaleGroup + i, &bytes, sizeof bytes);
     }
     int32_t total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+    // Of the bytes: what a NaN became before it was narrowed may be too large to be added up.
+    for (int64_t i = 0; i < kScaleGroup; ++i) total += to.bytes[line * kScaleGroup + i];
     to.scales[line] = scale;
     to.sums[line] = total;
   }
