@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak lint format bench bench-generate bench-train cuda wheel-check clean
+.PHONY: help env demo test soak sanitize lint format bench bench-generate bench-train cuda wheel-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -26,8 +26,12 @@ demo: $(READY)  ## train a small GPT, plot it, generate with the KV cache, compa
 test: $(READY)  ## run all tests
 	$(BIN)/python -m pytest
 
-soak: $(READY)  ## generate in 2,000 random cases and compare every token with the book's loop
+soak: $(READY)  ## 2,000 random cases of generation against the book's loop, and 200,000 tokens without growth of memory
 	$(BIN)/python tests/equality.py 2000
+	$(BIN)/python tests/soak.py 200000
+
+sanitize: $(READY)  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer (about 15 minutes)
+	$(BIN)/python tools/sanitize.py
 
 lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

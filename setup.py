@@ -3,6 +3,9 @@
     fastgpt._cpu    the bindings once, the CPU kernels once per instruction set (chosen at run time)
     fastgpt._cuda   when nvcc is found; FASTGPT_BUILD_CUDA=0 leaves it out, =1 fails without it, =auto (default) decides
 
+FASTGPT_SANITIZE=address builds fastgpt._cpu with AddressSanitizer and UndefinedBehaviorSanitizer, for tools/sanitize.py
+alone: Python loads such a build only with libasan before it. No wheel can be made of it.
+
 Neither half links PyTorch, so that this works in pip's isolated build, for every torch, and without a GPU.
 """
 
@@ -34,6 +37,8 @@ CUDA_BINDINGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").g
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*_cuda.cu"))
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+# The build that finds overruns and undefined behaviour. A finding ends the process.
+SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # Contraction turns a * b + c into one FMA. No -ffast-math: NaN and infinity keep their meaning.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
@@ -119,6 +124,16 @@ class NinjaFile:
         subprocess.run(command, check=True)
 
 
+def sanitizers() -> list[str]:
+    """The flags that FASTGPT_SANITIZE asks for."""
+    wanted = os.environ.get("FASTGPT_SANITIZE", "")
+    if wanted not in ("", "address"):
+        sys.exit(f"FASTGPT_SANITIZE={wanted!r} is not known; use address, or leave it out.")
+    if wanted and {"bdist_wheel", "editable_wheel", "install"} & set(sys.argv):
+        sys.exit("FASTGPT_SANITIZE is for tools/sanitize.py; no wheel is made of such a build.")
+    return SANITIZE_FLAGS if wanted else []
+
+
 def quoted(flags: list[str]) -> str:
     return " ".join(shlex.quote(flag) for flag in flags)
 
@@ -150,16 +165,17 @@ class BuildExtensions(build_ext):
     def build_cpu(self, cxx: list[str]) -> None:
         openmp = ["-fopenmp"] if compiles(cxx, ["-fopenmp"]) else []
         dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        sanitize = sanitizers()
         file = NinjaFile(Path(self.build_temp).resolve() / "cpu")
         file.rule("cxx", f"{quoted(cxx)} $flags -MMD -MF $out.d -c $in -o $out")
-        file.rule("link", f"{quoted(cxx)} -shared $in -o $out {quoted(openmp + dynamic)}", depfile=False)
-        flags = quoted([*CXX_FLAGS, *openmp, *self.includes()])
+        file.rule("link", f"{quoted(cxx)} -shared $in -o $out {quoted(openmp + dynamic + sanitize)}", depfile=False)
+        flags = quoted([*CXX_FLAGS, *openmp, *sanitize, *self.includes()])
         objects = [
             file.build(f"{Path(source).stem}.o", "cxx", [str(ROOT / source)], flags=flags) for source in CPU_BINDINGS
         ]
         kernels = str(ROOT / "csrc" / "cpu_kernels.cpp")
         for isa, isa_flags in ISA_FLAGS.items():
-            flags = quoted([*CXX_FLAGS, *KERNEL_FLAGS, *openmp, *isa_flags, f"-DFASTGPT_ISA={isa}"])
+            flags = quoted([*CXX_FLAGS, *KERNEL_FLAGS, *openmp, *isa_flags, *sanitize, f"-DFASTGPT_ISA={isa}"])
             objects.append(file.build(f"cpu_kernels_{isa}.o", "cxx", [kernels], flags=flags))
         file.build(str(self.target("fastgpt._cpu")), "link", objects)
         self.target("fastgpt._cpu").parent.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,10 @@
 | FASTGPT_REQUIRE     | tests: comma-separated backends whose tests must run, not skip                   |
 | FASTGPT_TEST_DATA   | tests: folder of the third-party test data                                       |
 
-FASTGPT_BUILD_CUDA (auto, 0, 1) is read by setup.py alone. Where other programs keep GPT-2's vocabulary is read from
-their own variables: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, HF_HUB_CACHE, HF_HOME; the user's cache from
-XDG_CACHE_HOME; whether Triton interprets its kernels from TRITON_INTERPRET, which must be set before they are imported.
+FASTGPT_BUILD_CUDA (auto, 0, 1) and FASTGPT_SANITIZE (address) are read by setup.py alone. Where other programs keep
+GPT-2's vocabulary is read from their own variables: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, HF_HUB_CACHE, HF_HOME; the
+user's cache from XDG_CACHE_HOME; whether Triton interprets its kernels from TRITON_INTERPRET, which must be set before
+they are imported.
 """
 
 from __future__ import annotations
