@@ -42,6 +42,13 @@ def kept_memory() -> Iterator[None]:
 
     Also a decorator: `@kept_memory()`. Nested and concurrent use counts: the first to come in changes the allocator,
     the last to leave restores it. The process holds at most what it had in use at its peak inside, and fragments.
+
+    What it changes is the allocator of the whole process, other threads and libraries included, and nothing of PyTorch:
+    mallopt's M_MMAP_MAX becomes 0 and M_TRIM_THRESHOLD infinite, and half of the machine's memory is reserved as
+    addresses of the heap (it takes no memory, but shows as virtual size). At the end M_MMAP_MAX, M_MMAP_THRESHOLD and
+    M_TRIM_THRESHOLD are set to what glibc's own adaptation comes to, 65536, 32 MiB and 64 MiB, and malloc_trim gives
+    free memory back. The adaptation itself stays off, as after any mallopt; addresses of the heap above a block that is
+    still in use stay reserved.
     """
     libc = _glibc()
     if libc is None or env.malloc_is_tuned():

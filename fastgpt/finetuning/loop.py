@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fastgpt.finetuning.adapters import save_adapter
 from fastgpt.finetuning.lora import lora_layers, merge_lora, merged_tensors
 from fastgpt.finetuning.settings import FinetuneSettings
+from fastgpt.memory import kept_memory
 from fastgpt.training import DivergedError, Evaluation, Reporter, WarmupCosine, make_adamw
 from fastgpt.training.checkpoint import load_checkpoint, read_info, save_checkpoint
 from fastgpt.training.interrupt import StopRequest
@@ -106,6 +107,7 @@ class Loop:
         """The folder of the run."""
         return None if self.settings.out_dir is None else Path(self.settings.out_dir)
 
+    @kept_memory()
     def run(self, *, resume: bool = False) -> bool:
         """Train to the end, or until Ctrl-C; then put the best weights into the model, without LoRA layers.
 
