@@ -152,6 +152,16 @@ def test_a_softmax_scale_is_applied_to_the_scores(op_backend):
     check(*inputs(1, 2, 30, 16, torch.float32), row_lengths(30), backend, softmax_scale=0.7)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_negative_or_zero_softmax_scale_gives_hidden_keys_no_weight(backend, scale):
+    q, k, v = inputs(2, 3, 20, 16, torch.float32)
+    rows = [scale * k[b, :, :n] @ q[b, :, :, None] for b, n in enumerate((20, 7))]
+    want = [(row.softmax(1) * v[b, :, : row.shape[1]]).sum(1) for b, row in enumerate(rows)]
+    got = ops.decode_attention(q, k, v, row_lengths(20, 7), softmax_scale=scale, backend=backend)
+    torch.testing.assert_close(got, torch.stack(want), atol=1e-6, rtol=1e-5)
+
+
 def test_the_newest_query_agrees_with_causal_attention():
     q, k, v = inputs(2, 3, 33, 16, torch.float32)
     queries = torch.randn(2, 3, 33, 16)

@@ -76,7 +76,7 @@ def _make(weight: Tensor) -> _Copy:
     n_out, n_in = weight.shape
     state = _state(weight)
     rows = torch.empty(n_out, -(-n_in // _UNIT) * _UNIT, dtype=torch.int8, device="cpu")
-    stats = torch.empty(n_out, _STATS, device="cpu")
+    stats = torch.empty(n_out, _STATS, dtype=torch.float32, device="cpu")
     extension.load("cpu").screen_rows(
         rows.data_ptr(), stats.data_ptr(), weight.data_ptr(), n_out, n_in, extension.num_threads()
     )

@@ -87,12 +87,13 @@ class NativeDecoder:
         """
         entries = torch.stack((tokens, rows, positions)).contiguous()
         count = entries.shape[1]
-        wanted = torch.arange(count) if wanted is None else wanted.contiguous()
+        wanted = torch.arange(count, device="cpu") if wanted is None else wanted.contiguous()
         if count:
             self.cache.reserve(min(self.limit, int(positions.max()) + 1))
         # Plain tensors, not inference tensors: the caller may do with them what it likes.
-        got_logits = torch.empty(len(wanted), self.weights.n_logits) if logits else None
-        got_best = torch.empty(len(wanted), dtype=torch.int64) if best else None
+        shape = (len(wanted), self.weights.n_logits)
+        got_logits = torch.empty(shape, dtype=torch.float32, device="cpu") if logits else None
+        got_best = torch.empty(len(wanted), dtype=torch.int64, device="cpu") if best else None
         self.weights.decoder.step(
             *self._cache_place(), self.batch, self.cache.capacity, entries.data_ptr(), count,
             wanted.data_ptr(), len(wanted),
@@ -117,7 +118,7 @@ class NativeDecoder:
         """
         entries = torch.stack((tokens, rows, positions)).contiguous()
         count = entries.shape[1]
-        out = torch.empty(steps, count, dtype=torch.int64)
+        out = torch.empty(steps, count, dtype=torch.int64, device="cpu")
         done = self.weights.decoder.greedy(
             *self._cache_place(), self.batch, self.cache.capacity, entries.data_ptr(), count, steps,
             -1 if eos_id is None else eos_id, out.data_ptr(), self.threads(),
@@ -192,8 +193,8 @@ class NativeEngine(CachedEngine):
         ids, counts = rows.from_positions(self.starts), sizes.tolist()
         self._decoder.cache.reserve(max(counts))
         tokens = torch.cat([ids[row, :count] for row, count in enumerate(counts)])
-        places = torch.cat([torch.full((count,), row) for row, count in enumerate(counts)])
-        positions = torch.cat([torch.arange(count) for count in counts])
+        places = torch.cat([torch.full((count,), row, device="cpu") for row, count in enumerate(counts)])
+        positions = torch.cat([torch.arange(count, device="cpu") for count in counts])
         last = sizes.cumsum(0) - 1
         found = []
         for begin in range(0, len(tokens), MAX_ENTRIES):
@@ -229,7 +230,7 @@ class NativeEngine(CachedEngine):
             return None
         if self._foreseen:
             known, self._foreseen = self._foreseen[:at_most], self._foreseen[at_most:]
-            return torch.tensor([known])
+            return torch.tensor([known], device="cpu")
         active = (~ended).nonzero().flatten()
         sizes = (rows.lengths - self.starts)[active]
         room = self.limit + 1 - int(sizes.max())
@@ -260,8 +261,8 @@ class NativeEngine(CachedEngine):
     def _verify(self, lookup: PromptLookup, newest: int, guess: list[int], position: int) -> list[int]:
         """The tokens behind `newest`: those of the guess that the model takes too, and one more."""
         assert self._decoder is not None
-        entries = torch.tensor([newest, *guess])
-        positions = torch.arange(position, position + len(entries))
+        entries = torch.tensor([newest, *guess], device="cpu")
+        positions = torch.arange(position, position + len(entries), device="cpu")
         self._decoder.cache.reserve(position + len(entries), self.spare)
         started = time.perf_counter()
         _, best = self._decoder.step(entries, torch.zeros_like(entries), positions, logits=False, best=True)

@@ -83,8 +83,8 @@ def _pack(source: Tensor, code: int) -> Packed:
     module = extension.load("cpu")
     weight = source.detach().float().contiguous()
     n_bytes, n_scales = module.decoder_packed_size(*weight.shape, code)
-    data = torch.empty(n_bytes, dtype=torch.uint8)
-    scales = torch.empty(n_scales, dtype=torch.int16)
+    data = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(n_scales, dtype=torch.int16, device="cpu")
     module.decoder_pack(
         data.data_ptr(), scales.data_ptr(), weight.data_ptr(), *weight.shape, code, extension.num_threads()
     )

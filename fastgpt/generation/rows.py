@@ -130,7 +130,9 @@ def _read_one(prompt: Any, number: int) -> Tensor:
     if isinstance(prompt, str | bytes):
         raise TypeError(f"{what} is text; encode it first, for example with fastgpt.text_to_token_ids.")
     if not isinstance(prompt, Tensor):
-        prompt = torch.tensor(list(prompt)) if len(prompt) else torch.empty(0, dtype=torch.int64)
+        prompt = (
+            torch.tensor(list(prompt), device="cpu") if len(prompt) else torch.empty(0, dtype=torch.int64, device="cpu")
+        )
     if prompt.ndim != 1:
         raise PromptError(
             f"{what} must be one row of token ids, (n_tokens,); got shape {tuple(prompt.shape)}. "

@@ -20,7 +20,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, softma
     positions = torch.arange(longest, device="cpu")
     unfilled = (positions >= lengths[:, None]).to(q.device)[:, None]  # (B, 1, L)
     scores = (q[:, :, None] @ k.transpose(2, 3)).squeeze(2)  # (B, H, L)
-    weights = torch.softmax(scores.masked_fill(unfilled, -torch.inf) * softmax_scale, dim=-1)
+    weights = torch.softmax((scores * softmax_scale).masked_fill(unfilled, -torch.inf), dim=-1)
     # A weight of 0 does not silence a NaN.
     v = v.masked_fill(unfilled[..., None], 0.0)
     return (weights[:, :, None] @ v).squeeze(2)  # (B, H, D)

@@ -25,8 +25,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns total and normed (like x, contiguous), mean and rstd (x.shape[:-1], float32)."""
     rows, residual_rows = as_rows(x), as_rows(residual)
-    total, normed = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32)
+    total, normed = torch.empty(x.shape, dtype=x.dtype, device="cpu"), torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
     rstd = torch.empty_like(mean)
     weight, bias = weight.contiguous(), bias.contiguous()
     load("cpu").dropout_add_layer_norm_forward(
@@ -46,7 +46,7 @@ def backward(
     rows, drows = as_rows(total), as_rows(dnormed)
     dtotal_rows = None if dtotal is None else as_rows(dtotal)
     weight = weight.contiguous()
-    dresidual = torch.empty(total.shape, dtype=total.dtype)
+    dresidual = torch.empty(total.shape, dtype=total.dtype, device="cpu")
     threshold = philox.threshold(dropout_p)
     dx = torch.empty_like(dresidual) if threshold else dresidual
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)

@@ -22,7 +22,7 @@ def why_not(case: Case) -> str | None:
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Returns gelu(x + bias), contiguous."""
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     if x.numel():
         bias, address, code = _readable(bias)
         load("cpu").gelu_forward(
@@ -34,7 +34,7 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
 def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Returns dx = dout · gelu'(x + bias), contiguous, and dbias."""
     x, dout = x.contiguous(), dout.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     if x.numel() == 0:
         return dx, None if bias is None else torch.zeros_like(bias)
     bias, address, code = _readable(bias)

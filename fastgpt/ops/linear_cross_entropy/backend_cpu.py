@@ -37,17 +37,17 @@ def forward(
     # Inside an autocast region the products would come back in another dtype than the buffers have.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, targets, head = as_rows(x), targets.contiguous(), weight.to(x.dtype)
-        dx = torch.empty(x.shape, dtype=x.dtype) if needs_dx else None
-        dweight = torch.empty(weight.shape, dtype=weight.dtype) if needs_dweight else None
+        dx = torch.empty(x.shape, dtype=x.dtype, device="cpu") if needs_dx else None
+        dweight = torch.empty(weight.shape, dtype=weight.dtype, device="cpu") if needs_dweight else None
         count = int((targets != ignore_index).sum())
-        losses = torch.empty(len(targets), dtype=torch.float32)
+        losses = torch.empty(len(targets), dtype=torch.float32, device="cpu")
         if count == 0:
             # Every gradient is zero, and 0 / 0 the mean.
             for gradient in (dx, dweight):
                 if gradient is not None:
                     gradient.zero_()
-            return torch.full((), torch.nan), dx, dweight
-        buffer = torch.empty(min(CHUNK_ROWS, len(x)), head.shape[0], dtype=x.dtype)
+            return torch.full((), torch.nan, dtype=torch.float32, device="cpu"), dx, dweight
+        buffer = torch.empty(min(CHUNK_ROWS, len(x)), head.shape[0], dtype=x.dtype, device="cpu")
         for begin in range(0, len(x), CHUNK_ROWS):
             rows = slice(begin, begin + CHUNK_ROWS)
             logits = buffer[: len(x[rows])]
