@@ -5,12 +5,18 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
+import threading
 from types import ModuleType
 
 # torch comes first: it brings the OpenMP runtime, and the extension then shares its thread pool.
 import torch
 
 from fastgpt import env
+
+# Set in a process forked off one that had the CPU kernels: the OpenMP runtime's threads do not survive a fork, and a
+# region in the child would wait for them for ever.
+_forked = threading.Event()
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -26,6 +32,8 @@ def why_not(name: str) -> str | None:
         module = importlib.import_module(full_name)
     except ImportError as error:
         return f"the {name} extension does not load: {error}"
+    if name == "cpu" and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forked.set)
     if name == "cpu" and (isa := env.isa()) is not None:
         try:
             module.select_isa(isa)
@@ -49,5 +57,7 @@ def _thread_override() -> int | None:
 
 
 def num_threads() -> int:
-    """Threads for one CPU kernel: FASTGPT_NUM_THREADS, else torch.get_num_threads() (at each call)."""
+    """Threads for one CPU kernel: FASTGPT_NUM_THREADS, else torch.get_num_threads() (at each call); 1 after a fork."""
+    if _forked.is_set():
+        return 1
     return _thread_override() or torch.get_num_threads()
