@@ -28,6 +28,7 @@
 
 #include "decode_attention.h"
 #include "decoder_args.h"
+#include "decoder_blocks.h"
 #include "decoder_rows.h"
 #include "decoder_tiles.h"
 #include "fast_head.h"
@@ -43,9 +44,10 @@ constexpr int64_t kAlone = 4;
 
 // Places in the workspace. Each part begins at a cache line.
 struct DecoderBuffers {
-  float *x, *q, *k, *v, *attended, *hidden, *normed, *packed;
+  float *x, *q, *k, *v, *attended, *hidden, *normed, *packed, *scratch;
   int64_t* bests;
   int64_t floats, normed_floats, packed_floats;  // the last two: one thread's part, or all of it when it is shared
+  int64_t scratch_floats;                        // one thread's part
 
   DecoderBuffers(float* base, const DecoderModel& model, int64_t count, int threads) {
     int64_t used = 0;
@@ -67,6 +69,8 @@ struct DecoderBuffers {
     packed_floats = PackedInputs::floats(widest, count);
     normed = take(copies * normed_floats);
     packed = take(copies * packed_floats);
+    scratch_floats = round_up(BlockScratch::floats(count), 16);
+    scratch = take(threads * scratch_floats);
     bests = reinterpret_cast<int64_t*>(take(count * threads * 2));
     floats = used;
   }
@@ -122,30 +126,46 @@ struct DecoderThread {
     return out;
   }
 
-  // x as the matrices of this format read it.
-  PackedInputs pack(WeightFormat format, const float* x, int64_t n_in, int64_t count) const {
-    if (format == WeightFormat::kFloat32) return {};
+  // x as a matrix reads it: at most one of the three ways.
+  struct Inputs {
+    const float* x;
+    int64_t count;
+    PackedInputs tiles;
+    BlockInputs block;
+    bool in_block;
+  };
+
+  Inputs pack(const DecoderMatrix& matrix, const float* x, int64_t count) const {
+    const int64_t n_in = matrix.n_in;
     const bool alone = a.count <= kAlone;
     float* place = buffers.packed + (alone ? team.thread * buffers.packed_floats : 0);
-    const PackedInputs packed = PackedInputs::at(place, n_in, count);
-    const int64_t groups = groups_of(n_in);
-    pack_inputs(packed, format, x, n_in, count, alone ? 0 : team.begin(groups), alone ? groups : team.end(groups));
+    const Inputs inputs = {x, count, PackedInputs::at(place, n_in, count), BlockInputs{place, n_in, count},
+                           matrix.format == WeightFormat::kBFloat16 && count >= kBlockEntries};
+    if (matrix.format == WeightFormat::kFloat32) return inputs;
+    const int64_t parts = inputs.in_block ? inputs.block.panels() : groups_of(n_in);
+    const int64_t begin = alone ? 0 : team.begin(parts), end = alone ? parts : team.end(parts);
+    inputs.in_block ? pack_block(inputs.block, x, begin, end)
+                    : pack_inputs(inputs.tiles, matrix.format, x, n_in, count, begin, end);
     if (!alone) team.wait();
-    return packed;
+    return inputs;
   }
 
-  // y (count, n_out) (+)= x W^T + bias, rows begin .. end of W; packed is x again.
-  static void multiply(float* y, const DecoderMatrix& matrix, const float* x, const PackedInputs& packed, int64_t count,
-                       int64_t begin, int64_t end, bool add = false) {
+  // y (count, n_out) (+)= x W^T + bias, rows begin .. end of W.
+  void multiply(float* y, const DecoderMatrix& matrix, const Inputs& inputs, int64_t begin, int64_t end,
+                bool add = false) const {
     const Output out = {y, matrix.n_out, matrix.bias, add};
-    matrix.format == WeightFormat::kFloat32 ? multiply_float_rows(out, matrix, x, matrix.n_in, count, begin, end)
-                                            : multiply_tiles(out, matrix, packed, count, begin, end);
+    if (inputs.in_block)
+      return multiply_block(out, matrix, inputs.block,
+                            BlockScratch::at(buffers.scratch + team.thread * buffers.scratch_floats), begin, end);
+    matrix.format == WeightFormat::kFloat32
+        ? multiply_float_rows(out, matrix, inputs.x, matrix.n_in, inputs.count, begin, end)
+        : multiply_tiles(out, matrix, inputs.tiles, inputs.count, begin, end);
   }
 
   // This thread's part of the rows.
   void multiply_part(float* y, const DecoderMatrix& matrix, const float* x, int64_t count, bool add = false) const {
-    const PackedInputs packed = pack(matrix.format, x, matrix.n_in, count);
-    multiply(y, matrix, x, packed, count, team.begin(matrix.n_out, kTileRows), team.end(matrix.n_out, kTileRows), add);
+    const Inputs inputs = pack(matrix, x, count);
+    multiply(y, matrix, inputs, team.begin(matrix.n_out, kTileRows), team.end(matrix.n_out, kTileRows), add);
   }
 
   void attend(const DecoderLayer& layer, int64_t number) const {
@@ -157,10 +177,10 @@ struct DecoderThread {
     const int64_t width = heads_width();
     const int64_t begin = even ? first * model.head_dim : team.begin(width, kTileRows);
     const int64_t end = even ? last * model.head_dim : team.end(width, kTileRows);
-    const PackedInputs packed = pack(layer.query.format, x, model.emb_dim, a.count);
-    multiply(buffers.q, layer.query, x, packed, a.count, begin, end);
-    multiply(buffers.k, layer.key, x, packed, a.count, begin, end);
-    multiply(buffers.v, layer.value, x, packed, a.count, begin, end);
+    const Inputs inputs = pack(layer.query, x, a.count);
+    multiply(buffers.q, layer.query, inputs, begin, end);
+    multiply(buffers.k, layer.key, inputs, begin, end);
+    multiply(buffers.v, layer.value, inputs, begin, end);
     if (!even) team.wait();
     if (a.cache_dtype == DType::kFloat32) {
       write_cache<float>(number, first, last);
