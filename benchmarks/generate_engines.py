@@ -282,6 +282,8 @@ def _fastgpt(variant: str, folder: Path, threads: int) -> Engine:
     generator = Generator(model, dtypes.get(variant), shortcuts=not plain)
 
     def generate(prompts: Prompts, n: int) -> Prompts:
+        # Every round has the same prompt, which is to be read anew.
+        generator.forget()
         results = generator.generate(torch.tensor(prompts), n)
         assert isinstance(results, torch.Tensor)
         return _new(results, prompts)

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from fastgpt.generation.engine import Engine, PlainEngine, eval_mode, prefill
 from fastgpt.generation.fast_head import HeadCopy
-from fastgpt.generation.graph_engine import Decoders, GraphEngine, graph_engine
+from fastgpt.generation.graph_engine import Decoders, graph_engine
 from fastgpt.generation.native_engine import NativeEngine, make_engine, native_engine
 from fastgpt.generation.native_weights import NotNative, Packs
 from fastgpt.generation.network import Copies, Network, NotRecognised, read_network, unwrap
-from fastgpt.generation.rows import Prompts, Rows, read_prompts
+from fastgpt.generation.prefix import PrefixStore
+from fastgpt.generation.rows import Prompts, read_prompts
 from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.session import Session
 
 logger = logging.getLogger("fastgpt")
 
@@ -45,8 +47,9 @@ class Generator:
             as every other floating-point dtype, uses a converted copy. Changed weights are converted again at the next
             call, except for edits through `.data`, after which `refresh()` is needed.
         shortcuts: do less work for the same tokens, where that pays: multiply only the part of a float32 head that an
-            8-bit copy of it leaves open (a quarter more memory for the head), and read what the text so far suggests
-            several tokens at a time. False reads all weights for each token.
+            8-bit copy of it leaves open (a quarter more memory for the head), read what the text so far suggests
+            several tokens at a time, and keep the cache of the last single prompt for the next one, so that only what
+            it says anew is read. False reads all weights for each token.
         engine: None takes the fastest that is proven. "graph" is the decoder for GPUs, one CUDA graph a token, for
             float32 and bfloat16 models; no GPU has run it yet. Its drawn tokens are others than torch.multinomial's.
 
@@ -74,6 +77,7 @@ class Generator:
         self._copies = Copies(dtype) if isinstance(dtype, torch.dtype) else None
         self._packs = Packs(dtype) if dtype in PRECISIONS else None
         self._head_copy = HeadCopy() if shortcuts else None
+        self._prefixes = PrefixStore() if shortcuts else None
         self._verified: list[type] | None = None
         self._logged: str | None = None
 
@@ -88,10 +92,15 @@ class Generator:
 
     def refresh(self) -> None:
         """Copy weights again at the next call. Only needed after edits through `.data`, with a dtype or shortcuts."""
-        for copies in (self._copies, self._packs, self._head_copy):
+        for copies in (self._copies, self._packs, self._head_copy, self._prefixes):
             if copies is not None:
                 copies.clear()
         self._verified = None
+
+    def forget(self) -> None:
+        """Give back the memory of the cache that is kept for the next prompt."""
+        if self._prefixes is not None:
+            self._prefixes.clear()
 
     def generate(
         self,
@@ -193,6 +202,8 @@ class Generator:
         if len(checked) == 0:
             return None
         stop_at = limit if overflow == "stop" else None
+        if isinstance(engine, NativeEngine) and self._prefixes is not None:
+            engine.use_prefixes(self._prefixes)
         return Session(engine, checked, max_new_tokens, sampling, eos_id, stop_at, self._head_copy)
 
     def _engine(self, network: Network, overflow: str, budget: int) -> Engine:
@@ -238,84 +249,6 @@ class Generator:
             with all_in_eval_mode(self.model):
                 verify(network, self.model)
             self._verified = types
-
-
-class Session:
-    """One run of the engine over some prompts. Iterating runs it, once; `counts` then tells the new tokens per row.
-
-    Attributes:
-        ahead: several steps may be computed before the first of them is given.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        prompts: Tensor | list[Tensor],
-        max_new_tokens: int,
-        sampling: Sampling,
-        eos_id: int | None = None,
-        stop_at: int | None = None,
-        head_copy: HeadCopy | None = None,
-    ) -> None:
-        if head_copy is not None and isinstance(engine, NativeEngine):
-            engine.take_shortcuts(head_copy, sampling, max_new_tokens)
-        self.engine = engine
-        self.prompts = prompts
-        self.max_new_tokens = max_new_tokens
-        self.sampling = sampling
-        self.eos_id = eos_id
-        self.stop_at = stop_at
-        self.ahead = False
-        self.rows = Rows(prompts)
-        self.counts = torch.zeros_like(self.rows.lengths)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        rows = self.rows
-        generator = self.sampling.generator(rows.ids.device)
-        ended = torch.zeros(len(rows.lengths), dtype=torch.bool, device="cpu")
-        filler = -1 if self.eos_id is None else self.eos_id
-        may_end = self.eos_id is not None or self.stop_at is not None
-        left = self.max_new_tokens
-        while left > 0:
-            if self.stop_at is not None:
-                ended = ended | (rows.lengths >= self.stop_at)
-                if bool(ended.all()):
-                    return
-            found = self._next(ended, left, generator)
-            if found.shape[1] > 1 and self.ahead and not may_end:
-                rows.extend(found)
-                self.counts += found.shape[1]
-                left -= found.shape[1]
-                yield found
-                continue
-            # One wait for the device, for all of them.
-            ends = None if self.eos_id is None else (found == self.eos_id).cpu()
-            for number, tokens in enumerate(found.unbind(1)):
-                if ends is not None:
-                    ended = ended | ends[:, number]
-                    if bool(ended.all()):
-                        return
-                self.counts += ~ended
-                rows.append(tokens)
-                if may_end:
-                    tokens = tokens.masked_fill(ended.to(tokens.device), filler)
-                left -= 1
-                yield tokens[:, None]
-
-    def _next(self, ended: Tensor, left: int, generator: torch.Generator | None) -> Tensor:
-        """The tokens of the next step, or of several, (batch, n)."""
-        rows = self.rows
-        engine, at_most = self.engine, left if self.ahead else 1
-        if self.stop_at is not None:
-            at_most = min(at_most, self.stop_at - int(rows.lengths[~ended].max()))
-        tokens: Tensor | None = None
-        if isinstance(engine, GraphEngine):
-            tokens = engine.next_tokens(rows, ended, at_most, self.sampling, self.eos_id)
-        elif self.sampling.greedy and isinstance(engine, NativeEngine):
-            tokens = engine.greedy_tokens(rows, ended, at_most, self.eos_id)
-        if tokens is not None:
-            return tokens
-        return self.sampling.choose(self.engine.next_logits(rows, ended), generator)[:, None]
 
 
 def verify(network: Network, model: Callable[[Tensor], Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fastgpt.generation.engine import CachedEngine
 from fastgpt.generation.fast_head import MOST_TOP, HeadCopy
 from fastgpt.generation.native_weights import NativeWeights, NotNative, Packs
 from fastgpt.generation.network import Network
+from fastgpt.generation.prefix import PrefixStore
 from fastgpt.generation.prompt_lookup import PromptLookup
 from fastgpt.generation.rows import Rows
 from fastgpt.generation.sampling import Sampling
@@ -21,8 +23,10 @@ from fastgpt.ops import dispatch, extension
 
 logger = logging.getLogger("fastgpt")
 
-# Entries of one step: more are cut into several.
+# Entries of one step that verifies a guess.
 MAX_ENTRIES = 64
+# Entries of one step that reads a prompt: more are cut into several.
+PROMPT_ENTRIES = 512
 # So long may one call last in which Python does not look for Ctrl-C.
 _CALL_SECONDS = 0.05
 _MOST_STEPS = 64
@@ -72,7 +76,7 @@ class NativeDecoder:
         on at an earlier position.
 
         Args:
-            tokens, rows, positions: (count,) int64 on the CPU, count from 0 to MAX_ENTRIES.
+            tokens, rows, positions: (count,) int64 on the CPU.
             wanted: (n_wanted,) int64, increasing: the entries behind which something is wanted; None for all.
             logits: give the logits.
             best: give the likeliest tokens, the first among equals.
@@ -138,7 +142,7 @@ class NativeDecoder:
 class NativeEngine(CachedEngine):
     """`CachedEngine` whose tokens the native decoder reads.
 
-    Prompts are read by PyTorch, into the same cache; with packed weights by the decoder, in pieces of MAX_ENTRIES.
+    Prompts are read by PyTorch, into the same cache; with packed weights by the decoder, in pieces of PROMPT_ENTRIES.
 
     Args:
         weights: of the network that the other arguments are for, see `CachedEngine`.
@@ -161,6 +165,8 @@ class NativeEngine(CachedEngine):
         self._lookup: PromptLookup | None = None
         self._foreseen: list[int] = []
         self._top_k = 0
+        self._prefixes: PrefixStore | None = None
+        self._state: list[Any] | None = None
 
     def take_shortcuts(self, head_copy: HeadCopy, sampling: Sampling, n_tokens: int) -> None:
         """Do less work for the same tokens, where that pays.
@@ -176,6 +182,32 @@ class NativeEngine(CachedEngine):
             self._head_copy, self._top_k = head_copy, top_k
         self._lookup = PromptLookup() if sampling.greedy else None
 
+    def use_prefixes(self, prefixes: PrefixStore) -> None:
+        """Go on with the cache that is kept there, where the prompt begins with what it holds."""
+        self._prefixes = prefixes
+
+    def keep_prefix(self, rows: Rows) -> None:
+        """Keep the cache of a single row for the next prompt. To be called between two steps."""
+        if self._prefixes is None or self.cache is None or not self.filled or self.starts is None:
+            return
+        unchanged = self._state is not None and self._state == self.weights.state()
+        if unchanged and len(self.starts) == 1 and not int(self.starts):
+            # The newest token has not been read.
+            self._prefixes.put(self.cache, rows.ids[0, : rows.longest - 1].tolist(), self._state, self.weights)
+
+    def _read_rest(self, prefixes: PrefixStore, ids: Tensor) -> Tensor | None:
+        """Logits behind a single prompt whose beginning is kept, or None when it is not."""
+        self._state = self.weights.state()
+        found = None if self._state is None else prefixes.take(ids.tolist(), self._state)
+        if found is None or self._decoder is None:
+            return None
+        cache, shared = found
+        cache.reserve(len(ids), self.spare)
+        self.cache = self._decoder.cache = cache
+        left = ids[shared:]
+        last = torch.tensor([len(left) - 1], device="cpu")
+        return self._read(left, torch.zeros_like(left), torch.arange(shared, len(ids), device="cpu"), last)
+
     def _new_cache(self, batch: int) -> Cache:
         self._decoder = NativeDecoder(self.weights, batch, self.limit)
         weight = self.weights.screenable_head()
@@ -184,24 +216,36 @@ class NativeEngine(CachedEngine):
         return self._decoder.cache
 
     def _prefill(self, rows: Rows, sizes: Tensor) -> Tensor:
+        assert self.starts is not None
+        prefixes = self._prefixes if self._state is None else None
+        if prefixes is not None and len(sizes) == 1 and not int(self.starts):
+            logits = self._read_rest(prefixes, rows.ids[0, : rows.longest])
+            if logits is not None:
+                return logits
         if self.weights.packs is None:
             return super()._prefill(rows, sizes)
-        assert self.starts is not None
-        if self.cache is None:
+        ids = rows.from_positions(self.starts)
+        if self._decoder is None:
             self._new_cache(len(sizes))
         assert self._decoder is not None
-        ids, counts = rows.from_positions(self.starts), sizes.tolist()
+        counts = sizes.tolist()
         self._decoder.cache.reserve(max(counts))
         tokens = torch.cat([ids[row, :count] for row, count in enumerate(counts)])
         places = torch.cat([torch.full((count,), row, device="cpu") for row, count in enumerate(counts)])
         positions = torch.cat([torch.arange(count, device="cpu") for count in counts])
-        last = sizes.cumsum(0) - 1
+        return self._read(tokens, places, positions, sizes.cumsum(0) - 1)
+
+    def _read(self, tokens: Tensor, places: Tensor, positions: Tensor, last: Tensor) -> Tensor:
+        """Logits behind the entries `last`; all are read, in pieces."""
+        assert self._decoder is not None
         found = []
-        for begin in range(0, len(tokens), MAX_ENTRIES):
-            part = slice(begin, begin + MAX_ENTRIES)
-            wanted = last[(last >= begin) & (last < begin + MAX_ENTRIES)] - begin
-            found.append(self._decoder.step(tokens[part], places[part], positions[part], wanted)[0])
-        return torch.cat([logits for logits in found if logits is not None])
+        for begin in range(0, len(tokens), PROMPT_ENTRIES):
+            part = slice(begin, begin + PROMPT_ENTRIES)
+            wanted = last[(last >= begin) & (last < begin + PROMPT_ENTRIES)] - begin
+            logits, _ = self._decoder.step(tokens[part], places[part], positions[part], wanted)
+            assert logits is not None
+            found.append(logits)
+        return torch.cat(found)
 
     def _decode(self, rows: Rows, sizes: Tensor, ended: Tensor, cache: Cache) -> Tensor:
         assert self._decoder is not None

@@ -134,6 +134,18 @@ class NativeWeights:
         head = _linear(self.network.head, "the head")
         return head.weight if self.packs is None and head.bias is None else None
 
+    def state(self) -> list[Any] | None:
+        """What differs once a weight has changed; None when changes cannot be seen."""
+        parts: list[Any] = [self.network.n_heads]
+        for part in self._kept:
+            if isinstance(part, Packed):
+                parts.append(id(part))
+            elif part.is_inference():
+                return None
+            else:
+                parts.append((part.data_ptr(), part.shape, part._version))
+        return parts
+
     def _fill(self) -> None:
         network = self.network
         heads = network.n_heads * network.head_dim

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from fastgpt.generation.engine import Engine, PlainEngine
 from fastgpt.generation.errors import OutOfRangeError
 from fastgpt.generation.fast_head import HeadCopy
-from fastgpt.generation.generator import Session, modules_of, verify
+from fastgpt.generation.generator import modules_of, verify
 from fastgpt.generation.native_engine import make_engine
 from fastgpt.generation.network import Network, NotRecognised, read_network
 from fastgpt.generation.rows import read_prompts
 from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.session import Session
 
 logger = logging.getLogger("fastgpt")
 
