@@ -109,7 +109,8 @@ cuda::DecoderCall decoder_call(const std::vector<LayerAddresses>& layers, const 
 }  // namespace
 
 void bind_cuda_decoder(pybind11::module_& module) {
-  pybind11::class_<cuda::DecoderCall>(module, "DecoderCall")
+  // Local: the build of the emulator, with the same class, is loaded in the same process by the tests.
+  pybind11::class_<cuda::DecoderCall>(module, "DecoderCall", pybind11::module_local())
       .def(pybind11::init(&decoder_call))
       .def("begin",
            [](const cuda::DecoderCall& call, Address stream) {

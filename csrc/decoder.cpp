@@ -341,7 +341,7 @@ void bind_decoder(pybind11::module_& module) {
 #endif
   module.def("decoder_packed_size", &size_of_packed);
   module.def("decoder_pack", &pack);
-  pybind11::class_<Decoder>(module, "Decoder")
+  pybind11::class_<Decoder>(module, "Decoder", pybind11::module_local())
       .def(pybind11::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>())
       .def("set_embeddings", &Decoder::set_embeddings)
       .def("set_norm", &Decoder::set_norm)
