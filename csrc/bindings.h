@@ -9,6 +9,7 @@ void bind_attention(pybind11::module_& module);
 void bind_cross_entropy(pybind11::module_& module);
 void bind_decode_attention(pybind11::module_& module);
 void bind_decoder(pybind11::module_& module);
+void bind_draw(pybind11::module_& module);
 void bind_dropout_add_layer_norm(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
 void bind_fast_head(pybind11::module_& module);

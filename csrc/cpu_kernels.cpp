@@ -38,6 +38,8 @@ const KernelTable kTable = {
     decoder_pack,
     screen_floats,
     screen_rows,
+    draw_bytes,
+    draw_tokens,
     attention_forward_floats,
     attention_forward,
     attention_backward_floats,

@@ -20,6 +20,7 @@ PYBIND11_MODULE(_cpu, module) {
   fastgpt::bind_cross_entropy(module);
   fastgpt::bind_decode_attention(module);
   fastgpt::bind_decoder(module);
+  fastgpt::bind_draw(module);
   fastgpt::bind_dropout_add_layer_norm(module);
   fastgpt::bind_embedding(module);
   fastgpt::bind_fast_head(module);

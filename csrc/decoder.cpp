@@ -17,6 +17,7 @@
 #include "bindings.h"
 #include "checks.h"
 #include "cpu_isa.h"
+#include "draw_options.h"
 #include "head_screen.h"
 
 namespace fastgpt {
@@ -173,26 +174,28 @@ class Decoder {
     args.best = static_cast<int64_t*>(best == 0 ? nullptr : pointer(best, n_wanted, sizeof(int64_t), kWhat));
     require(top_k >= 0 && top_k <= kMostTop, "Decoder.step: top_k must be from 0 to " + std::to_string(kMostTop));
     pybind11::gil_scoped_release release;
-    run(args, args.logits == nullptr ? 1 : top_k);
+    run(args, args.logits == nullptr ? 1 : top_k, args.logits != nullptr);
   }
 
-  // The likeliest tokens, one row an entry, for up to `steps` steps, into out (steps, count). A row that gives eos_id
-  // ends: it is left out from then on, and its places hold eos_id. Returns the number of steps, fewer when all rows
-  // have ended.
-  int64_t greedy(Address cache, int cache_dtype, int64_t batch, int64_t capacity, Address entries, int64_t count,
-                 int64_t steps, int64_t eos_id, Address out, int num_threads) {
+  // The next tokens, one row an entry, for up to `steps` steps, into out (steps, count): the likeliest where
+  // inverse_temperature is 0, else drawn, see DrawOptions. A row that gives eos_id ends: it is left out from then on,
+  // and its places hold eos_id. Returns the number of steps, fewer when all rows have ended.
+  int64_t generate(Address cache, int cache_dtype, int64_t batch, int64_t capacity, Address entries, int64_t count,
+                   int64_t steps, int64_t eos_id, Address out, int num_threads, float inverse_temperature,
+                   int64_t top_k, uint64_t seed, int64_t drawn) {
     const std::unique_lock<std::mutex> lock = claim();
     check_complete();
     DecoderStepArgs args = cache_args(cache, cache_dtype, batch, capacity, num_threads);
     read_entries(entries, count);
-    require(steps >= 0, "Decoder.greedy: steps must be 0 or more");
-    require(model_.head.n_out <= vocab_size_, "Decoder.greedy: the head gives more tokens than can be read");
+    require(steps >= 0, "Decoder.generate: steps must be 0 or more");
+    require(model_.head.n_out <= vocab_size_, "Decoder.generate: the head gives more tokens than can be read");
     check_sizes({steps, count}, kWhat);
+    const DrawOptions options = draw_options(inverse_temperature, top_k, seed, drawn, model_.head.n_out);
     if (steps == 0 || count == 0) return 0;
     check_entries(batch, capacity, steps);
     auto* tokens_out = static_cast<int64_t*>(pointer(out, steps * count, sizeof(int64_t), kWhat));
     pybind11::gil_scoped_release release;
-    return greedy_steps(args, count, steps, eos_id, tokens_out);
+    return next_steps(args, count, steps, eos_id, tokens_out, options);
   }
 
  private:
@@ -265,15 +268,14 @@ class Decoder {
     }
   }
 
-  // top_k: how many of the largest logits are wanted; 0 for all.
-  void run(DecoderStepArgs& args, int64_t top_k) {
+  // top_k: how many of the largest logits are wanted, 0 for all; fill: the others must be -inf, not anything.
+  void run(DecoderStepArgs& args, int64_t top_k, bool fill) {
     args.tokens = entries_.tokens.data();
     args.rows = entries_.rows.data();
     args.positions = entries_.positions.data();
     args.count = static_cast<int64_t>(entries_.tokens.size());
     args.wanted = entries_.wanted.data();
     if (args.count == 0) return;
-    const bool fill = args.logits != nullptr;
     if (args.logits == nullptr) args.logits = room(logits_, logits_size_, args.n_wanted * model_.head.n_out);
     args.workspace = room(workspace_, workspace_size_, kernels().decoder_floats(model_, args.count, args.num_threads));
     screen_.use(args, top_k, fill);
@@ -293,18 +295,29 @@ class Decoder {
     return buffer.get() + (-address % (kLine * sizeof(float))) / sizeof(float);
   }
 
-  int64_t greedy_steps(DecoderStepArgs& args, int64_t count, int64_t steps, int64_t eos_id, int64_t* out) {
+  int64_t next_steps(DecoderStepArgs& args, int64_t count, int64_t steps, int64_t eos_id, int64_t* out,
+                     const DrawOptions& options) {
     std::vector<int64_t> places(count);  // of the entries in a row of out
     for (int64_t i = 0; i < count; ++i) places[i] = i;
     entries_.best.resize(count);
-    args.best = entries_.best.data();
+    const bool greedy = options.inverse_temperature == 0.0f;
+    const int64_t top_k = greedy ? 1 : options.top_k > kMostTop ? 0 : options.top_k;
+    DrawArgs draw{};
+    draw.options = options;
+    draw.n = model_.head.n_out;
+    draw.tokens = entries_.best.data();
+    if (!greedy) draw.workspace = draw_room_.of(count, options.top_k, args.num_threads);
     for (int64_t step = 0; step < steps; ++step, out += count) {
       const int64_t active = static_cast<int64_t>(places.size());
       entries_.wanted.resize(active);
       for (int64_t i = 0; i < active; ++i) entries_.wanted[i] = i;
       args.n_wanted = active;
-      args.logits = nullptr;
-      run(args, 1);
+      args.logits = room(logits_, logits_size_, active * draw.n);
+      args.best = greedy ? entries_.best.data() : nullptr;
+      args.draw = greedy ? nullptr : &draw;
+      draw.logits = args.logits, draw.rows = entries_.rows.data(), draw.count = active;
+      run(args, top_k, !greedy);
+      ++draw.options.drawn;
       std::fill(out, out + count, eos_id);
       int64_t kept = 0;
       for (int64_t i = 0; i < active; ++i) {
@@ -330,6 +343,7 @@ class Decoder {
   std::unique_ptr<float[]> workspace_, logits_;
   int64_t workspace_size_ = 0, logits_size_ = 0;
   ScreenState screen_;
+  DrawRoom draw_room_;
 };
 
 }  // namespace
@@ -351,7 +365,7 @@ void bind_decoder(pybind11::module_& module) {
       .def("step", &Decoder::step, py::arg("cache"), py::arg("cache_dtype"), py::arg("batch"), py::arg("capacity"),
            py::arg("entries"), py::arg("count"), py::arg("wanted"), py::arg("n_wanted"), py::arg("logits"),
            py::arg("best"), py::arg("num_threads"), py::arg("top_k") = 0)
-      .def("greedy", &Decoder::greedy);
+      .def("generate", &Decoder::generate);
 }
 
 }  // namespace fastgpt

@@ -104,13 +104,10 @@ def test_a_smaller_context_size_crops_as_the_plain_loop_does():
             assert torch.equal(generate_text_simple(model, idx, 15, context_size), want)
 
 
-def test_the_same_seed_gives_the_tokens_of_the_global_generator():
+def test_a_seed_leaves_the_global_generator_alone():
     model, idx = small_model(), prompt()
-    torch.manual_seed(11)
-    want = generate(model, idx, 20, CONTEXT, temperature=1.5)
-    torch.manual_seed(99)
     before = torch.get_rng_state()
-    assert torch.equal(Generator(model).generate(idx, 20, temperature=1.5, seed=11), want)
+    Generator(model).generate(idx, 20, temperature=1.5, seed=11)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -14,6 +14,7 @@ from benchmarks.gpu.bench import Bench
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.generation import graph_engine
 from fastgpt.generation.cache import Cache
+from fastgpt.generation.draws import noise
 from fastgpt.generation.engine import decode_one_token
 from fastgpt.generation.generator import Generator
 from fastgpt.generation.graph_engine import GraphDecoder
@@ -22,7 +23,6 @@ from fastgpt.generation.network import read_network
 from fastgpt.generation.sampling import Sampling
 from fastgpt.model import GPTModel
 from fastgpt.model_fast import GPTModelFast
-from fastgpt.ops import philox
 
 GREEDY = Sampling()
 
@@ -142,19 +142,18 @@ def test_drawn_tokens_are_the_likeliest_under_philox_noise(top_k):
     tokens = decoder.run(torch.tensor([1, 2, 3]), torch.tensor([4, 9, 2]), drawn, 1, Sampling(1.3, top_k), seed)
     logits = decoder.logits
     token, row = torch.arange(67)[None].expand(3, -1), torch.arange(3)[:, None].expand(-1, 67)
-    word = philox.philox((token, torch.full_like(token, drawn), row, torch.ones_like(token)), seed)[0]
-    noise = -torch.log(-torch.log1p(-(word.float() + 0.5) * 2.0**-32))
-    perturbed = logits / 1.3 + noise
+    perturbed = logits / 1.3 + noise(token, row, drawn, seed)
     if top_k is not None:
         perturbed = perturbed.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     assert tokens[:, 0].tolist() == perturbed.argmax(dim=1).tolist()
 
 
-def test_drawing_repeats_from_its_seed_and_goes_on_drawing():
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9}], ids=str)
+def test_a_seed_draws_the_tokens_of_the_plain_loop(options):
     model, prompts = small_model(context_length=64), prompts_of(3, 5)
-    options = {"temperature": 2.0, "top_k": 20}
-    first, again, other = (tokens_of(model, prompts, 10, seed=s, **options) for s in (1, 1, 2))
-    assert first == again != other
+    options = {"temperature": 2.0, **options}
+    first, other = (tokens_of(model, prompts, 10, seed=s, **options) for s in (1, 2))
+    assert first == tokens_of(model, prompts, 10, None, seed=1, **options) != other
 
 
 def test_equal_logits_give_the_first_token():

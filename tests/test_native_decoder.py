@@ -268,12 +268,12 @@ def test_damaged_arguments_raise_and_do_not_crash():
         decoder.step(one, zero, zero, torch.tensor([0, 0]))
     decoder.cache.reserve(12)
     with pytest.raises(ValueError, match="steps do not fit"):
-        decoder.greedy(one, zero, zero, 13, None)
+        decoder.generate(one, zero, zero, 13)
     zeros = torch.zeros(3, 1, dtype=torch.int64)
     for steps in (-1, 2**62):
         with pytest.raises(ValueError):
-            decoder.weights.decoder.greedy(
-                decoder.cache.buffer.data_ptr(), 0, 2, 12, zeros.data_ptr(), 1, steps, -1, 0, 1
+            decoder.weights.decoder.generate(
+                decoder.cache.buffer.data_ptr(), 0, 2, 12, zeros.data_ptr(), 1, steps, -1, 0, 1, 0.0, 0, 0, 0
             )
 
 

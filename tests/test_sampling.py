@@ -8,9 +8,14 @@ import torch
 from fastgpt.generation.sampling import Sampling
 
 
+def chosen(sampling, logits, seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return sampling.choose(logits)
+
+
 def frequencies(sampling, logits, draws=20000):
-    generator = torch.Generator().manual_seed(0)
-    tokens = sampling.choose(logits.expand(draws, -1), generator)
+    tokens = chosen(sampling, logits.expand(draws, -1), 0)
     return torch.bincount(tokens, minlength=logits.shape[-1]) / draws
 
 
@@ -59,13 +64,13 @@ def test_top_p_counts_after_top_k_and_temperature():
 
 def test_top_p_of_one_changes_no_draw():
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(1))
-    draws = [Sampling(1.0, top_p=top_p).choose(logits, torch.Generator().manual_seed(3)) for top_p in (None, 1.0)]
+    draws = [chosen(Sampling(1.0, top_p=top_p), logits, 3) for top_p in (None, 1.0)]
     assert torch.equal(*draws)
 
 
 def test_each_row_has_its_own_nucleus():
     logits = torch.tensor([[10.0, 0.0, 0.0], [1.0, 1.0, 1.0]]).repeat(500, 1)
-    tokens = Sampling(1.0, top_p=0.9).choose(logits, torch.Generator().manual_seed(3)).view(500, 2)
+    tokens = chosen(Sampling(1.0, top_p=0.9), logits, 3).view(500, 2)
     assert set(tokens[:, 0].tolist()) == {0} and set(tokens[:, 1].tolist()) == {0, 1, 2}
 
 

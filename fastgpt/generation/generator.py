@@ -51,7 +51,7 @@ class Generator:
             several tokens at a time, and keep the cache of the last single prompt for the next one, so that only what
             it says anew is read. False reads all weights for each token.
         engine: None takes the fastest that is proven. "graph" is the decoder for GPUs, one CUDA graph a token, for
-            float32 and bfloat16 models; no GPU has run it yet. Its drawn tokens are others than torch.multinomial's.
+            float32 and bfloat16 models; no GPU has run it yet. Without a seed it draws others than torch.multinomial.
 
     Raises:
         TypeError, ValueError: the model is not callable, or the dtype or the engine is not available.
@@ -118,13 +118,15 @@ class Generator:
 
         Args:
             prompts: (batch, n_tokens) int64, or a list of prompts of different lengths, each a list of ids or a
-                (n_tokens,) tensor. Every row gets what it would get alone (greedily; drawn tokens depend on the batch).
+                (n_tokens,) tensor. Every row gets what it would get alone at its place (drawn without a seed, tokens
+                depend on the batch).
             max_new_tokens: how many tokens to append at most; 0 gives the prompts back.
             temperature: 0 takes the likeliest token, above 0 draws.
             top_k: draw from the k likeliest tokens only; ties with the last of them stay.
             top_p: draw from the smallest set of likeliest tokens whose probabilities reach top_p.
             eos_id: the token that ends a row. It is not appended.
-            seed: for drawing from a generator of its own; None draws from torch's global one, as the book does.
+            seed: for drawing so that calls repeat, the same tokens on every engine, and on a CPU without Python in
+                between; None draws from torch's global generator, as the book does.
             overflow: what happens to a row that outgrows the context: "exact" reads its last tokens anew for each new
                 one, as the book does (slow); "slide" reads the last half anew and goes on (fast, other tokens); "stop"
                 ends it when the context is full.

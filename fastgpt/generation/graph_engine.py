@@ -6,7 +6,7 @@ step is captured once and then replayed; tokens are fetched in groups. A row tha
 afterwards, by whoever asked. Weights are read where they are: changes in place are seen at the next token.
 
 Prompts are read by `CachedEngine` into the same cache, which also serves rows that outgrow the context. Drawn tokens
-come from Philox on the device: the distribution of `Sampling`, but other draws than torch.multinomial's.
+come from Philox on the device, as `draws` says: the tokens of that seed on every engine, but not torch.multinomial's.
 
 No GPU has run this yet, so it is taken only where `Generator(model, engine="graph")` asks for it. The emulator of the
 tests runs the same kernels, without a graph.
@@ -182,7 +182,7 @@ def _chip(device: torch.device) -> tuple[int, int]:
 
 
 def _draw_options(sampling: Sampling, seed: int) -> Tensor:
-    scale = torch.tensor([1.0 / sampling.temperature], dtype=torch.float32).view(torch.int32)
+    scale = torch.tensor([sampling.inverse_temperature], dtype=torch.float32).view(torch.int32)
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     rest = torch.tensor([low, high, sampling.top_k or 0], dtype=torch.int64).to(torch.int32)
     return torch.cat([scale, rest])
@@ -240,7 +240,6 @@ class GraphEngine(CachedEngine):
         self.decoders = Decoders() if decoders is None else decoders
         self.decoder: GraphDecoder | None = None
         self._widest = 1
-        self._drawn = 0
         self._seed: int | None = None
 
     def next_logits(self, rows: Rows, ended: Tensor) -> Tensor:
@@ -256,7 +255,7 @@ class GraphEngine(CachedEngine):
         return self.decoder.cache
 
     def next_tokens(
-        self, rows: Rows, ended: Tensor, at_most: int, sampling: Sampling, eos_id: int | None
+        self, rows: Rows, ended: Tensor, at_most: int, sampling: Sampling, eos_id: int | None, drawn: int
     ) -> Tensor | None:
         """The next tokens of every row.
 
@@ -265,6 +264,7 @@ class GraphEngine(CachedEngine):
             at_most: so many steps at most.
             sampling: how tokens are chosen.
             eos_id: the token that ends a row, or None.
+            drawn: how many tokens were drawn before in each row.
 
         Returns:
             (batch, n) int64, n from 1 to at_most; a row that has ended holds tokens without meaning. None when
@@ -281,9 +281,7 @@ class GraphEngine(CachedEngine):
             return None
         if self._seed is None:
             self._seed = philox.draw_seed() if sampling.seed is None else int(sampling.seed)
-        tokens = self.decoder.run(rows.newest(), sizes, self._drawn, steps, sampling, self._seed)
-        self._drawn += steps
-        return tokens
+        return self.decoder.run(rows.newest(), sizes, drawn, steps, sampling, self._seed)
 
 
 def graph_engine(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.generation.cache import Cache
+from fastgpt.generation.draws import unsigned
 from fastgpt.generation.engine import CachedEngine
 from fastgpt.generation.fast_head import MOST_TOP, HeadCopy
 from fastgpt.generation.native_weights import NativeWeights, NotNative, Packs
@@ -23,6 +24,7 @@ from fastgpt.ops import dispatch, extension
 
 logger = logging.getLogger("fastgpt")
 
+GREEDY = Sampling()
 # Entries of one step that verifies a guess.
 MAX_ENTRIES = 64
 # Entries of one step that reads a prompt: more are cut into several.
@@ -106,13 +108,24 @@ class NativeDecoder:
         )  # fmt: skip
         return got_logits, got_best
 
-    def greedy(self, tokens: Tensor, rows: Tensor, positions: Tensor, steps: int, eos_id: int | None) -> Tensor:
-        """The likeliest tokens behind these, step after step in one call. The cache must have the room.
+    def generate(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        steps: int,
+        eos_id: int | None = None,
+        sampling: Sampling = GREEDY,
+        drawn: int = 0,
+    ) -> Tensor:
+        """The tokens behind these, step after step in one call. The cache must have the room.
 
         Args:
             tokens, rows, positions: (count,) int64 on the CPU: the newest token of each row.
             steps: how many tokens at most.
             eos_id: the token that ends a row, or None.
+            sampling: how they are chosen: greedy, or drawn from a seed, without top_p.
+            drawn: how many tokens were drawn before in each row.
 
         Returns:
             (count, n) int64, n = steps, or fewer when all rows have ended; a row that has ended holds eos_id.
@@ -123,9 +136,10 @@ class NativeDecoder:
         entries = torch.stack((tokens, rows, positions)).contiguous()
         count = entries.shape[1]
         out = torch.empty(steps, count, dtype=torch.int64, device="cpu")
-        done = self.weights.decoder.greedy(
+        done = self.weights.decoder.generate(
             *self._cache_place(), self.batch, self.cache.capacity, entries.data_ptr(), count, steps,
             -1 if eos_id is None else eos_id, out.data_ptr(), self.threads(),
+            sampling.inverse_temperature, int(sampling.top_k or 0), unsigned(int(sampling.seed or 0)), drawn,
         )  # fmt: skip
         return out[:done].t()
 
@@ -258,19 +272,26 @@ class NativeEngine(CachedEngine):
         everyone[active] = logits
         return everyone
 
-    def greedy_tokens(self, rows: Rows, ended: Tensor, at_most: int, eos_id: int | None) -> Tensor | None:
-        """The likeliest tokens of the next steps.
+    def next_tokens(
+        self, rows: Rows, ended: Tensor, at_most: int, sampling: Sampling, eos_id: int | None, drawn: int
+    ) -> Tensor | None:
+        """The tokens of the next steps.
 
         Args:
             rows, ended: as for `next_logits`.
             at_most: so many steps at most.
+            sampling: how tokens are chosen.
             eos_id: the token that ends a row, or None.
+            drawn: how many tokens were drawn before in each row.
 
         Returns:
             (batch, n) int64, n from 1 to at_most; a row that has ended holds tokens without meaning. None when
-            `next_logits` must be asked, because rows are read anew.
+            `next_logits` must be asked, because rows are read anew or tokens are chosen in a way that is not here.
         """
         if not self.filled or self._decoder is None or self.starts is None:
+            return None
+        here = sampling.greedy or (sampling.seed is not None and sampling.top_p is None)
+        if not here or (sampling.top_k or 0) > self.weights.n_logits:
             return None
         if self._foreseen:
             known, self._foreseen = self._foreseen[:at_most], self._foreseen[at_most:]
@@ -285,11 +306,11 @@ class NativeEngine(CachedEngine):
             guess = self._guess(self._lookup, rows, room - 1)
             if guess:
                 self._foreseen = self._verify(self._lookup, int(rows.newest()), guess, int(sizes) - 1)
-                return self.greedy_tokens(rows, ended, at_most, eos_id)
+                return self.next_tokens(rows, ended, at_most, sampling, eos_id, drawn)
             steps = steps if self._lookup.resting else min(steps, _STEPS_BETWEEN_GUESSES)
         self._decoder.cache.reserve(int(sizes.max()) + steps - 1, self.spare)
         started = time.perf_counter()
-        tokens = self._decoder.greedy(rows.newest()[active], active, sizes - 1, steps, eos_id)
+        tokens = self._decoder.generate(rows.newest()[active], active, sizes - 1, steps, eos_id, sampling, drawn)
         self._seconds_a_step = (time.perf_counter() - started) / tokens.shape[1]
         if len(active) == len(ended):
             return tokens

@@ -9,6 +9,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from fastgpt.generation.draws import draw
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -18,7 +20,8 @@ class Sampling:
         temperature: 0 takes the likeliest token; above 0 draws, the higher the more freely.
         top_k: draw from the k likeliest tokens only (and those that tie with the last of them).
         top_p: draw from the smallest set of likeliest tokens whose probabilities reach top_p (and ties with the last).
-        seed: draws from a generator of its own, so that calls repeat; None draws from torch's global one.
+        seed: draws by `draws.draw`: calls repeat, a row's tokens do not depend on the other rows, and all engines draw
+            the same. None draws from torch's global generator, as the book does.
 
     Raises:
         TypeError, ValueError: an option is not usable; the text says what is wanted.
@@ -53,19 +56,20 @@ class Sampling:
         """The likeliest token is taken, and nothing is drawn."""
         return self.temperature == 0
 
-    def generator(self, device: torch.device) -> torch.Generator | None:
-        """A generator at the beginning of `seed`'s sequence; None without a seed."""
-        return None if self.seed is None else torch.Generator(device).manual_seed(int(self.seed))
+    @property
+    def inverse_temperature(self) -> float:
+        """What logits are multiplied by: 1 / temperature, at most the largest float32; 0 when greedy."""
+        return 0.0 if self.greedy else min(1.0 / self.temperature, torch.finfo(torch.float32).max)
 
-    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def choose(self, logits: Tensor, drawn: int = 0) -> Tensor:
         """The next token of each row.
 
-        One torch.multinomial call on (batch, vocab_size) a step, in the dtype of the logits: from the same state of the
-        generator this draws the tokens that the book's `generate` draws.
+        Without a seed one torch.multinomial call on (batch, vocab_size) a step, in the dtype of the logits: from the
+        same state of torch's global generator this draws the tokens that the book's `generate` draws.
 
         Args:
             logits: (batch, vocab_size).
-            generator: None for torch's global one.
+            drawn: how many tokens were drawn before in each row; only a seed asks for it.
 
         Returns:
             (batch,) int64.
@@ -80,15 +84,22 @@ class Sampling:
         if self.greedy:
             # The first index on ties.
             return logits.argmax(dim=-1)
+        if self.seed is None:
+            return torch.multinomial(self._probabilities(logits), num_samples=1).squeeze(1)
+        top_k = None if self.top_k is None else int(self.top_k)
+        if self.top_p is not None:
+            logits, top_k = logits.masked_fill(self._probabilities(logits) == 0.0, -torch.inf), None
+        return draw(logits, self.inverse_temperature, top_k, int(self.seed), drawn)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn with, (batch, vocab_size): 0 where top_k and top_p leave them out."""
         if self.top_k is not None:
             kth_best = torch.topk(logits, int(self.top_k)).values[:, -1:]
             logits = logits.masked_fill(logits < kth_best, -torch.inf)
         logits = logits / self.temperature
         logits = logits - logits.max(dim=-1, keepdim=True).values
         probabilities = torch.softmax(logits, dim=-1)
-        if self.top_p is not None:
-            probabilities = _nucleus(probabilities, self.top_p)
-        return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1)
+        return probabilities if self.top_p is None else _nucleus(probabilities, self.top_p)
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:

@@ -58,7 +58,6 @@ class Session:
 
     def _steps(self) -> Iterator[Tensor]:
         rows = self.rows
-        generator = self.sampling.generator(rows.ids.device)
         ended = torch.zeros(len(rows.lengths), dtype=torch.bool, device="cpu")
         filler = -1 if self.eos_id is None else self.eos_id
         may_end = self.eos_id is not None or self.stop_at is not None
@@ -68,7 +67,7 @@ class Session:
                 ended = ended | (rows.lengths >= self.stop_at)
                 if bool(ended.all()):
                     return
-            found = self._next(ended, left, generator)
+            found = self._next(ended, left)
             if found.shape[1] > 1 and self.ahead and not may_end:
                 rows.extend(found)
                 self.counts += found.shape[1]
@@ -89,17 +88,15 @@ class Session:
                 left -= 1
                 yield tokens[:, None]
 
-    def _next(self, ended: Tensor, left: int, generator: torch.Generator | None) -> Tensor:
+    def _next(self, ended: Tensor, left: int) -> Tensor:
         """The tokens of the next step, or of several, (batch, n)."""
         rows = self.rows
         engine, at_most = self.engine, left if self.ahead else 1
         if self.stop_at is not None:
             at_most = min(at_most, self.stop_at - int(rows.lengths[~ended].max()))
-        tokens: Tensor | None = None
-        if isinstance(engine, GraphEngine):
-            tokens = engine.next_tokens(rows, ended, at_most, self.sampling, self.eos_id)
-        elif self.sampling.greedy and isinstance(engine, NativeEngine):
-            tokens = engine.greedy_tokens(rows, ended, at_most, self.eos_id)
-        if tokens is not None:
-            return tokens
-        return self.sampling.choose(self.engine.next_logits(rows, ended), generator)[:, None]
+        drawn = self.max_new_tokens - left
+        if isinstance(engine, GraphEngine | NativeEngine):
+            tokens = engine.next_tokens(rows, ended, at_most, self.sampling, self.eos_id, drawn)
+            if tokens is not None:
+                return tokens
+        return self.sampling.choose(self.engine.next_logits(rows, ended), drawn)[:, None]

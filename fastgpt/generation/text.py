@@ -57,6 +57,8 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     eos_id: int | None = None,
+    *,
+    seed: int | None = None,
 ) -> Tensor:
     """Append tokens, drawn or likeliest, until `eos_id` (chapter 5).
 
@@ -66,6 +68,7 @@ def generate(
         top_k: how many of the best tokens may be drawn, ties with the last of them too; None for all.
         eos_id: the token that ends a row. It is not appended; in a batch, rows that have ended are filled with it until
             the last one ends. None: never stop.
+        seed: not in the book: draws so that calls repeat, and faster on a CPU; others than the global generator's.
 
     Returns:
         Prompts and new tokens, (batch, n_tokens + at most max_new_tokens), int64.
@@ -77,7 +80,7 @@ def generate(
         return idx
     prompts = _batch(idx)
     # The book draws when temperature > 0.0 and is greedy otherwise, also for negative numbers.
-    sampling = Sampling(temperature if temperature > 0.0 else 0.0, top_k)
+    sampling = Sampling(temperature if temperature > 0.0 else 0.0, top_k, seed=seed)
     if len(prompts) == 0:
         return torch.cat([prompts, prompts.new_zeros(0, max_new_tokens)], dim=1)
     engine = _engine(model, prompts, max_new_tokens, context_size, eos_id is not None)

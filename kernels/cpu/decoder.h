@@ -4,7 +4,7 @@
 //   for each layer:   q, k, v = Wq n, Wk n, Wv n with n = norm1(x);  cache[position] = k, v
 //                     x += Wo attention(q, keys and values of 0 .. position)
 //                     x += W2 gelu(W1 norm2(x))
-//   logits = Wh final_norm(x), best = argmax(logits)
+//   logits = Wh final_norm(x), best = argmax(logits), or a token drawn from them (draw.h)
 //
 // A step reads `count` entries, each a (row, position, token): one new token of each row, several of one row (a piece
 // of a prompt, a guess to be verified), or both. An entry sees the entries of its row that come before it in the same
@@ -31,6 +31,7 @@
 #include "decoder_blocks.h"
 #include "decoder_rows.h"
 #include "decoder_tiles.h"
+#include "draw.h"
 #include "fast_head.h"
 #include "gelu.h"
 #include "small_gemm.h"
@@ -246,7 +247,11 @@ struct DecoderThread {
 
   void head() const {
     const float* x = normalise(model.final_norm, a.wanted, a.n_wanted);
-    if (a.screen != nullptr && screened_head(a, x, team)) return;
+    if (a.screen == nullptr || !screened_head(a, x, team)) full_head(x);
+    if (a.draw != nullptr) draw_part(*a.draw, team);
+  }
+
+  void full_head(const float* x) const {
     const DecoderMatrix& matrix = model.head;
     const int64_t begin = team.begin(matrix.n_out, kTileRows), end = team.end(matrix.n_out, kTileRows);
     multiply_part(a.logits, matrix, x, a.n_wanted);

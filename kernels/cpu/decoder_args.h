@@ -56,6 +56,24 @@ struct HeadScreen {
   int64_t* outcome;    // (2): how many rows were left to multiply, and whether the copy is not that of the weights
 };
 
+// How tokens are drawn (draw.h).
+struct DrawOptions {
+  float inverse_temperature;
+  int64_t top_k;  // 0 for no limit
+  uint64_t seed;
+  int64_t drawn;  // tokens that each row has drawn before
+};
+
+struct DrawArgs {
+  int64_t* tokens;      // (count)
+  const float* logits;  // (count, n)
+  const int64_t* rows;  // (count): the numbers of the rows, with which their noise is drawn
+  int64_t count, n;     // n below 2^32
+  DrawOptions options;
+  void* workspace;  // as many bytes as draw_bytes says, aligned to 8
+  int num_threads;
+};
+
 struct ScreenRowsArgs {
   int8_t* rows;
   float* stats;
@@ -80,6 +98,7 @@ struct DecoderStepArgs {
   float* workspace;  // as many as decoder_floats says
   int num_threads;
   const HeadScreen* screen;  // or null: multiply the whole head
+  const DrawArgs* draw;      // or null: draw a token for each wanted entry, from its logits
 };
 
 // A float32 matrix into the tiles of a format.
