@@ -13,7 +13,7 @@ and nothing is read twice. Everything is looked up at every call, so replacing a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,19 @@ from torch import Tensor, nn
 from fastgpt import ops
 
 
-class _PreNormBlock(Protocol):
-    """A block x + drop(att(norm1(x))), then x + drop(ff(norm2(x)))."""
+class BlockParts(NamedTuple):
+    """The modules of a block x + drop_att(att(norm1(x))), then x + drop_ff(ff(norm2(x))); no dropout is None."""
 
     att: nn.Module
     ff: nn.Module
     norm1: nn.Module
     norm2: nn.Module
-    drop_shortcut: nn.Module
+    drop_att: nn.Module | None
+    drop_ff: nn.Module | None
+
+
+# (weight, bias, eps) of a norm that may be joined with what comes before it, None for any other module.
+NormParts = Callable[[nn.Module], "tuple[Tensor, Tensor, float] | None"]
 
 
 def is_plain(module: Any, cls: type) -> bool:
@@ -60,6 +65,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 def dropout_p(module: Any) -> float | None:
     """The share that a dropout drops at this moment; None when it is something else, to be called as it is."""
+    if module is None:
+        return 0.0
     if is_plain(module, nn.Dropout):
         return float(module.p) if module.training else 0.0
     return 0.0 if is_plain(module, nn.Identity) else None
@@ -119,12 +126,20 @@ def feed_forward(widen: nn.Module, narrow: nn.Module, x: Tensor) -> Tensor:
     return linear(narrow, ops.gelu(widen(x)))
 
 
+def block_parts(block: nn.Module, block_class: type) -> BlockParts | None:
+    """The modules of one of fastgpt's own blocks that may be joined; None for any other."""
+    if not is_plain(block, block_class):
+        return None
+    own = cast(Any, block)
+    return BlockParts(own.att, own.ff, own.norm1, own.norm2, own.drop_shortcut, own.drop_shortcut)
+
+
 def run_blocks(
     blocks: Iterable[nn.Module],
     final_norm: nn.Module,
     x: Tensor,
-    block_class: type,
-    norm: Callable[[nn.Module], tuple[Tensor, Tensor, float] | None],
+    parts: Callable[[nn.Module], BlockParts | None],
+    norm: NormParts,
 ) -> Tensor:
     """All blocks and the final norm; each shortcut is added in the pass that normalises the sum for the next layer.
 
@@ -132,33 +147,42 @@ def run_blocks(
         blocks: the model's blocks.
         final_norm: the norm behind the last block.
         x: (batch, n_tokens, emb_dim), the embeddings.
-        block_class: the class of blocks that may be joined.
-        norm: gives (weight, bias, eps) of a norm that may be joined, None for any other module.
+        parts: gives the modules of a block that may be joined, None for one that is called as it is.
+        norm: see `NormParts`.
 
     Returns:
         (batch, n_tokens, emb_dim): what goes into the output head.
     """
-    listed = list(blocks)
-    followers = [cast(nn.Module, block.norm1) if is_plain(block, block_class) else None for block in listed[1:]]
+    listed = [(block, parts(block)) for block in blocks]
+    followers = [None if part is None else part.norm1 for _, part in listed[1:]]
     normed: Tensor | None = None
-    for block, follower in zip(listed, [*followers, final_norm], strict=True):
-        if not is_plain(block, block_class):
+    for (block, part), follower in zip(listed, [*followers, final_norm], strict=True):
+        if part is None:
             x, normed = block(x), None
             continue
-        plain = cast(_PreNormBlock, block)
         if normed is None:
-            normed = cast(Tensor, plain.norm1(x))
-        x, normed = add_and_norm(plain.att(normed), x, plain.drop_shortcut, plain.norm2, norm)
-        x, normed = add_and_norm(plain.ff(normed), x, plain.drop_shortcut, follower, norm)
+            normed = cast(Tensor, part.norm1(x))
+        x, normed = add_and_norm(attention(part, normed), x, part.drop_att, part.norm2, norm)
+        x, normed = add_and_norm(part.ff(normed), x, part.drop_ff, follower, norm)
     return cast(Tensor, final_norm(x)) if normed is None else normed
 
 
+def run_block(part: BlockParts, x: Tensor, norm: NormParts) -> Tensor:
+    """One block alone, (batch, n_tokens, emb_dim) to the same shape; `norm` as for `run_blocks`."""
+    total, normed = add_and_norm(attention(part, cast(Tensor, part.norm1(x))), x, part.drop_att, part.norm2, norm)
+    # With dropout by the op that all blocks together run, for its speed and its draws; what it normalises is not used.
+    follower = part.norm2 if dropout_p(part.drop_ff) and norm(part.norm2) is not None else None
+    return add_and_norm(part.ff(normed), total, part.drop_ff, follower, norm)[0]
+
+
+def attention(part: BlockParts, normed: Tensor) -> Tensor:
+    """What a block's attention makes of its input; readers' may return an unused cache after it."""
+    out = part.att(normed)
+    return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+
 def add_and_norm(
-    branch: Tensor,
-    x: Tensor,
-    drop: nn.Module,
-    follower: nn.Module | None,
-    norm: Callable[[nn.Module], tuple[Tensor, Tensor, float] | None],
+    branch: Tensor, x: Tensor, drop: nn.Module | None, follower: nn.Module | None, norm: NormParts
 ) -> tuple[Tensor, Any]:
     """x + drop(branch), and `follower` of it; the second is None without a follower.
 
@@ -166,13 +190,13 @@ def add_and_norm(
         branch, x: (batch, n_tokens, emb_dim).
         drop: the block's dropout.
         follower: the norm that reads the sum next.
-        norm: as for `run_blocks`.
+        norm: see `NormParts`.
     """
     p, parts = dropout_p(drop), None if follower is None else norm(follower)
     # Under autocast the branch is bfloat16 and the sum float32, as PyTorch promotes them.
     joined = torch.promote_types(branch.dtype, x.dtype) == x.dtype and type(branch) is Tensor
     if p is None or parts is None or not joined:
-        total = x + drop(branch)
+        total = x + (branch if drop is None else drop(branch))
         return total, None if follower is None else follower(total)
     weight, bias, eps = parts
     return ops.dropout_add_layer_norm(branch.to(x.dtype), x, weight, bias, dropout_p=p, eps=eps)
@@ -180,7 +204,7 @@ def add_and_norm(
 
 def embed(tok_emb: nn.Module, pos_emb: nn.Module, in_idx: Tensor, p: float) -> Tensor | None:
     """Dropped sum of both embeddings by one op; None where a table is more than a table."""
-    if not (_is_table(tok_emb) and _is_table(pos_emb)):
+    if not (is_table(tok_emb) and is_table(pos_emb)):
         return None
     tokens, positions = cast(nn.Embedding, tok_emb), cast(nn.Embedding, pos_emb)
     if tokens.weight.dtype != positions.weight.dtype:
@@ -188,7 +212,8 @@ def embed(tok_emb: nn.Module, pos_emb: nn.Module, in_idx: Tensor, p: float) -> T
     return ops.embedding(in_idx, tokens.weight, positions.weight, dropout_p=p)
 
 
-def _is_table(module: nn.Module) -> bool:
+def is_table(module: nn.Module) -> bool:
+    """True for a plain nn.Embedding that does nothing but look up."""
     if not is_plain(module, nn.Embedding):
         return False
     table = cast(nn.Embedding, module)

@@ -240,7 +240,7 @@ class GPTModel(nn.Module):
         """What goes into the output head, (batch, n_tokens, emb_dim). Args and Raises: as `forward`."""
         x = embed_tokens(self.tok_emb, self.pos_emb, in_idx, self.drop_emb)
         if fusion.is_plain(self.trf_blocks, nn.Sequential):
-            return fusion.run_blocks(self.trf_blocks, self.final_norm, x, TransformerBlock, norm_parts)
+            return fusion.run_blocks(self.trf_blocks, self.final_norm, x, _block_parts, norm_parts)
         out: Tensor = self.final_norm(self.trf_blocks(x))
         return out
 
@@ -259,6 +259,10 @@ def check_length(n_tokens: int, context_length: int) -> None:
             f"The input has {n_tokens} tokens, but context_length is {context_length}; "
             f"keep the last ones, [:, -{context_length}:], or build a model with longer context."
         )
+
+
+def _block_parts(block: nn.Module) -> fusion.BlockParts | None:
+    return fusion.block_parts(block, TransformerBlock)
 
 
 def norm_parts(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:

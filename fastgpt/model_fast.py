@@ -112,9 +112,13 @@ class GPTModelFast(nn.Module):
         """What goes into the output head, (batch, n_tokens, emb_dim). Args and Raises: as `forward`."""
         x = embed_tokens(self.tok_emb, self.pos_emb, in_idx, self.drop_emb)
         if fusion.is_plain(self.trf_blocks, nn.Sequential):
-            return fusion.run_blocks(self.trf_blocks, self.final_norm, x, TransformerBlockFast, norm_parts)
+            return fusion.run_blocks(self.trf_blocks, self.final_norm, x, _block_parts, norm_parts)
         out: Tensor = self.final_norm(self.trf_blocks(x))
         return out
+
+
+def _block_parts(block: nn.Module) -> fusion.BlockParts | None:
+    return fusion.block_parts(block, TransformerBlockFast)
 
 
 def norm_parts(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:

@@ -109,7 +109,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_dropout():
     for block in model.trf_blocks:
         block.forward = lambda x, own=block.forward: checkpoint(own, x, use_reentrant=False)
     _, got = gradients(model, idx)
-    assert all(torch.equal(got[key], want[key]) for key in want)
+    # The same draws; a block that is called alone adds in another order.
+    for key in want:
+        assert_close(got[key], want[key])
 
 
 def test_compiles_into_one_graph():

@@ -8,6 +8,8 @@ recognise.py    candidates by attribute names and shapes, what speaks against th
 probe.py        a candidate's own forward against the plan, on random weights, without side effects
 shadow.py       the stand-in that is probed instead of the reader's module
 fused.py        what a swapped module runs, and how it is copied and pickled
+neighbours.py   feed-forwards, blocks and models whose parts were swapped: which are joined, judged by numbers
+joined.py       what a joined module runs
 walk.py         accelerate and restore
 report.py       the table
 """

@@ -98,7 +98,7 @@ class FusedLayerNorm(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan: NormPlan = self._fastgpt_plan
-        if len(args) == 1 and not kwargs and _usable(args[0]):
+        if len(args) == 1 and not kwargs and usable(args[0]):
             weight, bias = getattr(self, plan.weight), getattr(self, plan.bias)
             # PyTorch promotes mixed dtypes, the op keeps that of the input.
             if args[0].dtype == weight.dtype == bias.dtype:
@@ -111,7 +111,7 @@ class FusedGELU(Fused):
     """GELU by `ops.gelu`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and _usable(args[0]):
+        if len(args) == 1 and not kwargs and usable(args[0]):
             return ops.gelu(args[0])
         return super().forward(*args, **kwargs)
 
@@ -122,7 +122,7 @@ class FusedLinear(Fused):
     IS_LINEAR: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and _usable(args[0]):
+        if len(args) == 1 and not kwargs and usable(args[0]):
             x, weight = args[0], cast(Tensor, self.weight)
             # Under autocast the op casts both, as PyTorch does.
             if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
@@ -136,7 +136,7 @@ class FusedAttention(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan: AttentionPlan = self._fastgpt_plan
         x = plain_input(plan.parameters, args, kwargs)
-        if x is None or not _usable(x) or x.ndim != 3 or not self._fastgpt_fits(x.shape[1]):
+        if x is None or not usable(x) or x.ndim != 3 or not self._fastgpt_fits(x.shape[1]):
             return super().forward(*args, **kwargs)
         out = attend(self, plan, x, self._fastgpt_dropout_p())
         return (out, *plan.tail) if plan.tail else out
@@ -144,7 +144,7 @@ class FusedAttention(Fused):
     def _fastgpt_fits(self, n_tokens: int) -> bool:
         """True while this module still is what was probed."""
         plan: AttentionPlan = self._fastgpt_plan
-        if not all(_still(getattr(self, name, None), value) for name, value in plan.state):
+        if not is_unused(self, plan.state):
             return False
         if any(is_hooked(getattr(self, name)) for name in plan.bypassed):
             return False
@@ -255,7 +255,7 @@ def marked_by(mask: Tensor) -> str | None:
     return "past" if torch.equal(marked, ~future) else None
 
 
-def fuse(module: nn.Module, plan: Plan) -> None:
+def fuse(module: nn.Module, plan: Any) -> None:
     """Swap the class of one module, in place."""
     module.__class__ = fused_class(type(module), plan)
 
@@ -275,15 +275,16 @@ def original_class(module: Fused) -> type[nn.Module]:
     return original
 
 
-def rebuild(original: type[nn.Module], plan: Plan, *arguments: Any) -> nn.Module:
+def rebuild(original: type[nn.Module], plan: Any, *arguments: Any) -> nn.Module:
     """What pickle and deepcopy call: a swapped module without its state."""
     cls = fused_class(original, plan)
     return cls.__new__(cls, *arguments)
 
 
 # One class per reader's class and plan, so that equal blocks stay of equal type; it dies with its last module.
-_classes: weakref.WeakValueDictionary[tuple[type, Plan], type[nn.Module]] = weakref.WeakValueDictionary()
-_BASES: dict[type, type[Fused]] = {
+_classes: weakref.WeakValueDictionary[tuple[type, Any], type[nn.Module]] = weakref.WeakValueDictionary()
+# What runs a plan; joined.py adds its own.
+BASES: dict[type, type[Fused]] = {
     NormPlan: FusedLayerNorm,
     GeluPlan: FusedGELU,
     LinearPlan: FusedLinear,
@@ -291,17 +292,18 @@ _BASES: dict[type, type[Fused]] = {
 }
 
 
-def fused_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
+def fused_class(original: type[nn.Module], plan: Any) -> type[nn.Module]:
     """The swapped version of a reader's class."""
     made = _classes.get((original, plan))
     if made is None:
         names: dict[str, Any] = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-        bases: tuple[type, ...] = (_BASES[type(plan)], original)
+        bases: tuple[type, ...] = (BASES[type(plan)], original)
         made = _classes[original, plan] = type(original.__name__, bases, {**names, "_fastgpt_plan": plan})
     return made
 
 
-def _usable(x: Any) -> bool:
+def usable(x: Any) -> bool:
+    """True for what a kernel may be given."""
     # A kernel reads memory: it sees neither a subclass's meaning nor what torch.jit.trace records.
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
@@ -310,6 +312,11 @@ def _same(value: Any, default: Any) -> bool:
     return value is default or (
         type(value) is type(default) and isinstance(value, bool | int | float) and value == default
     )
+
+
+def is_unused(module: nn.Module, state: tuple[tuple[str, Any], ...]) -> bool:
+    """True while a module's attributes have the values of an unused cache."""
+    return all(_still(getattr(module, name, None), value) for name, value in state)
 
 
 def _still(value: Any, fresh: Any) -> bool:

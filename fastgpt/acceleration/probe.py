@@ -27,7 +27,7 @@ from fastgpt.acceleration.shadow import make_shadow, quiet
 from fastgpt.acceleration.watch import DropoutWatch, snapshot
 
 # Relative to the largest value of the output.
-_BOUND = 2e-5
+BOUND = 2e-5
 _SHORT, _LONG = 7, 1024
 # Shares that no reader writes, one per candidate, so that the call tells which attribute it came from.
 _ODD_SHARES = (0.28125, 0.34375, 0.40625, 0.46875)
@@ -74,14 +74,14 @@ Formula = Callable[[nn.Module, Tensor], Tensor]
 
 def _compare_simple(module: nn.Module, x: Tensor, expected: Formula, run: Formula, what: str) -> None:
     dtype, device = dtype_and_device(module)
-    with _surroundings(device):
+    with surroundings(device):
         shadow = _shadow(module, _wide(device))
         wide = x.to(device, _wide(device))
         before = snapshot(shadow)
-        got, want = _call(shadow, wide)[0], expected(shadow, wide)
-        if _error(got, want) > _BOUND:
-            raise Refused(f"its forward is not {what}: the outputs differ by {_error(got, want):.1e} of the largest")
-        _refuse_writes(before, shadow)
+        got, want = call(shadow, wide)[0], expected(shadow, wide)
+        if distance(got, want) > BOUND:
+            raise Refused(f"its forward is not {what}: the outputs differ by {distance(got, want):.1e} of the largest")
+        refuse_writes(before, shadow)
         _run_natively(_shadow(module, dtype), x.to(device, dtype), run)
 
 
@@ -102,7 +102,7 @@ def probe_attention(module: nn.Module, plan: AttentionPlan, context_length: int 
     dtype, device = dtype_and_device(module)
     if context_length is not None and context_length < 2:
         raise Refused("its context is a single token, which does not show whether it is causal")
-    with _surroundings(device):
+    with surroundings(device):
         shadow = _shadow(module, _wide(device))
         x = _input(shadow, plan, 2, min(_SHORT, context_length or _SHORT))
         plan = _probe_output(shadow, plan, x)
@@ -131,10 +131,10 @@ def _probe_output(shadow: nn.Module, plan: AttentionPlan, x: Tensor) -> Attentio
     before = snapshot(shadow)
     wanted = [*plan.projections, *([plan.out] if plan.out else [])]
     hooks = [getattr(shadow, name).register_forward_pre_hook(watch(name)) for name in wanted]
-    tail = _call(shadow, x)[1]
+    tail = call(shadow, x)[1]
     for hook in hooks:
         hook.remove()
-    _refuse_writes(before, shadow)
+    refuse_writes(before, shadow)
     wrong = next((name for name in wanted if calls.count(name) != 1), None)
     if wrong is not None:
         raise Refused(f"its forward calls {wrong} {calls.count(wrong)} times; attention calls it once")
@@ -144,20 +144,20 @@ def _probe_output(shadow: nn.Module, plan: AttentionPlan, x: Tensor) -> Attentio
 
 
 def _expect_causal_attention(shadow: nn.Module, plan: AttentionPlan, x: Tensor) -> None:
-    got, want = _call(shadow, x)[0], _attention(shadow, plan, x)
-    if got.shape == want.shape and _error(got, want) <= _BOUND:
+    got, want = call(shadow, x)[0], _attention(shadow, plan, x)
+    if got.shape == want.shape and distance(got, want) <= BOUND:
         return
     if got.shape != want.shape:
         raise Refused(f"its output has shape {tuple(got.shape)}; attention gives {tuple(want.shape)}")
     middle = x.shape[1] // 2
     other = x.clone()
     other[:, middle:] = _randn(*other[:, middle:].shape).to(x)
-    if _error(_call(shadow, other)[0][:, :middle], got[:, :middle]) > _BOUND:
+    if distance(call(shadow, other)[0][:, :middle], got[:, :middle]) > BOUND:
         raise Refused("it is not strictly causal: earlier outputs change when later tokens do")
-    wrong = ~((got - want).abs().amax(dim=(0, 2)) <= _BOUND * want.abs().max())
+    wrong = ~((got - want).abs().amax(dim=(0, 2)) <= BOUND * want.abs().max())
     first = int(wrong.nonzero()[0])
     where = f"from token {first} on (a window, or another mask?)" if first > 1 else "in scale, mask or positions"
-    raise Refused(f"its forward is not plain causal attention; it differs {where}, by {_error(got, want):.1e}")
+    raise Refused(f"its forward is not plain causal attention; it differs {where}, by {distance(got, want):.1e}")
 
 
 def _attention(module: nn.Module, plan: AttentionPlan, x: Tensor, keep: Tensor | None = None, p: float = 0.0) -> Tensor:
@@ -196,8 +196,8 @@ def _probe_dropout(module: nn.Module, plan: AttentionPlan, x: Tensor) -> Attenti
         watch = DropoutWatch(x, 1 if plan.num_heads is None else getattr(module, plan.num_heads))
         before = snapshot(shadow)
         with watch:
-            out = _call(shadow, x)[0]
-        _refuse_writes(before, shadow)
+            out = call(shadow, x)[0]
+        refuse_writes(before, shadow)
         return watch, out
 
     if run(False, False)[0].shares:
@@ -217,7 +217,7 @@ def _probe_dropout(module: nn.Module, plan: AttentionPlan, x: Tensor) -> Attenti
         raise Refused(
             "which attribute holds its dropout is unclear; fastgpt looks for a Dropout or a number called drop…"
         )
-    if _error(out, _attention(shadow, plan, x, watch.keep, shares[name])) > _BOUND:
+    if distance(out, _attention(shadow, plan, x, watch.keep, shares[name])) > BOUND:
         raise Refused(f"{name} is not applied to the attention weights after the softmax")
     by_child, by_self = bool(run(False, True)[0].shares), bool(run(True, False)[0].shares)
     is_module = isinstance(getattr(module, name), nn.Module)
@@ -267,7 +267,7 @@ def _input(shadow: nn.Module, plan: AttentionPlan, batch: int, n_tokens: int) ->
 
 
 def _run_natively(shadow: nn.Module, x: Tensor, run: Formula) -> None:
-    want = _call(shadow, x)[0]
+    want = call(shadow, x)[0]
     try:
         got = run(shadow, x)
     except (ops.BackendError, ValueError) as error:
@@ -278,11 +278,13 @@ def _run_natively(shadow: nn.Module, x: Tensor, run: Formula) -> None:
         )
     # Many roundings of the dtype: the formula was judged in float64 already.
     bound = max(16 * torch.finfo(x.dtype).eps, 1e-3)
-    if _error(got, want) > bound:
-        raise Refused(f"in {x.dtype} its output and the op's differ by {_error(got, want):.1e}, more than {bound:.1e}")
+    if distance(got, want) > bound:
+        raise Refused(
+            f"in {x.dtype} its output and the op's differ by {distance(got, want):.1e}, more than {bound:.1e}"
+        )
 
 
-def _call(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[None, ...]]:
+def call(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[None, ...]]:
     """The module's own forward on x: the output, and the Nones that it returns after it."""
     try:
         returned = type(module).forward(module, x)
@@ -296,7 +298,8 @@ def _call(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[None, ...]]:
     return out, tail
 
 
-def _refuse_writes(before: dict[str, Any], shadow: nn.Module) -> None:
+def refuse_writes(before: dict[str, Any], shadow: nn.Module) -> None:
+    """Raise Refused when the stand-in is not as it was; `before` is from `snapshot`."""
     after = snapshot(shadow)
     changed = next((name for name in after if after[name] != before.get(name)), None)
     if changed is not None:
@@ -304,7 +307,8 @@ def _refuse_writes(before: dict[str, Any], shadow: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _surroundings(device: torch.device) -> Iterator[None]:
+def surroundings(device: torch.device) -> Iterator[None]:
+    """`quiet`, and Refused when something was printed."""
     with quiet(device) as printed:
         yield
     if printed.getvalue():
@@ -324,7 +328,7 @@ def _randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
-def _error(got: Tensor, want: Tensor) -> float:
+def distance(got: Tensor, want: Tensor) -> float:
     """Largest difference, relative to the largest value; infinite for NaN or another shape."""
     if got.shape != want.shape:
         return math.inf

@@ -189,10 +189,11 @@ def _plan_attention(module: nn.Module, marks: Marks) -> AttentionPlan:
         masks=tuple(marks.items()),
         bypassed=tuple(name for name, _ in module.named_children() if name not in _projection_names(module)),
     )
-    return replace(plan, parameters=_more_parameters(module), state=_state(module))
+    return replace(plan, parameters=more_parameters(module), state=state(module))
 
 
-def _more_parameters(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+def more_parameters(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of forward's arguments after the input. Raises Refused for one that must be given."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -204,16 +205,17 @@ def _more_parameters(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
-def _state(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    state = []
+def state(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Attributes that forward may write, with their present values. Raises Refused for a cache that is in use."""
+    found = []
     for name in sorted(written_names(type(module))):
         value = getattr(module, name, None)
         if isinstance(value, Tensor):
             raise Refused(f"its forward keeps a tensor in {name}; if that is a cache, empty it (reset_cache) first")
         if not isinstance(value, bool | int | float | str | None):
             raise Refused(f"its forward writes {name}, a {type(value).__name__}")
-        state.append((name, value))
-    return tuple(state)
+        found.append((name, value))
+    return tuple(found)
 
 
 def masks(module: nn.Module, kind: str) -> Marks:

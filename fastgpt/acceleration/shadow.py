@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
@@ -20,18 +20,24 @@ from torch import Tensor, nn
 _NOT_COPIED = {"_parameters", "_buffers", "_modules", "training"}
 
 
-def make_shadow(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+def make_shadow(
+    module: nn.Module,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    parts: Mapping[nn.Module, nn.Module] | None = None,
+) -> nn.Module:
     """A stand-in for `module` and everything below it.
 
     Args:
         module: the reader's; it is only read.
         dtype: of the floating-point weights and buffers of the stand-in.
         generator: on the CPU; the weights are drawn from it.
+        parts: modules inside it, each with what takes its place.
 
     Returns:
         A module in eval mode, on the device of `module`.
     """
-    return _copy(module, dtype, generator, {})
+    return _copy(module, dtype, generator, {id(part): other for part, other in (parts or {}).items()})
 
 
 def _copy(module: nn.Module, dtype: torch.dtype, generator: torch.Generator, seen: dict[int, Any]) -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgpt.acceleration import fused
+from fastgpt.acceleration import fused, neighbours
 from fastgpt.acceleration.fused import LinearPlan, Plan
 from fastgpt.acceleration.probe import Refused
 from fastgpt.acceleration.recognise import OPS, Marks, is_worth_a_row, kind_of, make_plan, masks, obstacle
@@ -18,9 +18,10 @@ def accelerate(model: nn.Module) -> Report:
 
     Modules are recognised by what they are made of, not by class, and each is swapped only after its own forward and
     the op gave the same numbers on random weights. Where one was swapped, the model's plain nn.Linear layers run on
-    `ops.linear` too. Everything else stays the reader's: the same Parameter objects and names, `state_dict` to the bit,
-    hooks, LoRA layers. Copies, pickles, DDP, checkpointing and torch.compile work as before. A forward with a cache
-    runs on the op when the cache is not in use.
+    `ops.linear` too, and feed-forwards, blocks and the model join what stands next to each other: a dropout, its
+    shortcut and the next norm become one op (the report's notes count them). Everything else stays the reader's: the
+    same Parameter objects and names, `state_dict` to the bit, hooks, LoRA layers. Copies, pickles, DDP, checkpointing
+    and torch.compile work as before. A forward with a cache runs on the op when the cache is not in use.
 
     Not for double backward or torch.func transforms, which the kernels do not offer: `restore` first.
 
@@ -45,6 +46,7 @@ def accelerate(model: nn.Module) -> Report:
             rows.append(Row(path, kind, reason is None, reason or OPS[kind]))
     if any(row.swapped for row in rows):
         _swap_linear_layers(_unwrap(model))
+        neighbours.join(_unwrap(model))
     return Report(tuple(rows), _notes(model))
 
 
@@ -132,6 +134,7 @@ def _look(tensor: Tensor) -> tuple[Any, ...]:
 def _notes(model: nn.Module) -> tuple[str, ...]:
     parts = list(model.modules())
     compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
-    return (
-        "It was compiled before: torch.compile sees the new forwards and compiles again at the next call.",
-    ) * compiled
+    notes = [neighbours.note(_unwrap(model))]
+    if compiled:
+        notes.append("It was compiled before: torch.compile sees the new forwards and compiles again at the next call.")
+    return tuple(note for note in notes if note is not None)

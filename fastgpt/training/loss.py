@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastgpt import fusion
+from fastgpt.acceleration.joined import FusedModel, is_swapped
 from fastgpt.model import GPTModel
 from fastgpt.model_fast import GPTModelFast
 
@@ -25,7 +26,8 @@ def calc_loss_batch(
 ) -> Tensor:
     """Mean cross-entropy over all positions of a batch.
 
-    The head and the loss of fastgpt's own models are one op, so that the logits of a batch never stand in memory.
+    The head and the loss of fastgpt's own models, and of accelerated ones, are one op, so that the logits of a batch
+    never stand in memory.
 
     Args:
         input_batch: token ids, (batch, n_tokens), int64.
@@ -39,6 +41,10 @@ def calc_loss_batch(
     inputs, targets = input_batch.to(device), target_batch.to(device)
     if isinstance(model, _OWN) and any(fusion.is_plain(model, own) for own in _OWN):
         return fusion.loss(model.hidden_states(inputs), model.out_head, targets)
+    if is_swapped(model, FusedModel):
+        hidden = cast(FusedModel, model).hidden_or_none(inputs)
+        if hidden is not None:
+            return fusion.loss(hidden, cast(FusedModel, model).output_head, targets)
     logits = model(inputs)
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
