@@ -156,16 +156,6 @@ static void add_tile(const BlockScratch& s, const DecoderMatrix& matrix, const B
   }
 }
 
-static void put_block(const Output& out, const float* sums, int64_t count, int64_t n, int64_t rows) {
-  for (int64_t m = 0; m < count; ++m)
-    for_lanes(rows, [&](int64_t i, int64_t c) {
-      float* place = out.y + m * out.ld + n + i;
-      VecF sum = load(sums + m * kTileRows + i);
-      if (out.bias != nullptr) sum += load_lanes(out.bias + n + i, c);
-      store_lanes(place, out.add ? load_lanes(place, c) + sum : sum, c);
-    });
-}
-
 // Rows begin .. end, begin a multiple of kTileRows.
 static void multiply_block(const Output& out, const DecoderMatrix& matrix, const BlockInputs& x,
                            const BlockScratch& scratch, int64_t begin, int64_t end) {
@@ -173,7 +163,7 @@ static void multiply_block(const Output& out, const DecoderMatrix& matrix, const
     const int64_t rows = min(kTileRows, end - n);
     memset(scratch.sums, 0, x.count * kTileRows * sizeof(float));
     add_tile(scratch, matrix, x, n);
-    put_block(out, scratch.sums, x.count, n, rows);
+    for (int64_t m = 0; m < x.count; ++m) Output::put_rows(out, m, n, scratch.sums + m * kTileRows, rows);
   }
 }
 

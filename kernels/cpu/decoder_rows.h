@@ -46,6 +46,16 @@ struct Output {
     if (out.bias != nullptr) sum += out.bias[n];
     *place = out.add ? *place + sum : sum;
   }
+
+  // Several outputs side by side.
+  static void put_rows(const Output& out, int64_t m, int64_t n, const float* sums, int64_t rows) {
+    for_lanes(rows, [&](int64_t i, int64_t c) {
+      float* place = out.y + m * out.ld + n + i;
+      VecF sum = load_lanes(sums + i, c);
+      if (out.bias != nullptr) sum += load_lanes(out.bias + n + i, c);
+      store_lanes(place, out.add ? load_lanes(place, c) + sum : sum, c);
+    });
+  }
 };
 
 // acc += R rows, `distance` numbers apart, times M inputs.

@@ -110,6 +110,21 @@ struct Int8Sum {
   inline __attribute__((always_inline)) VecI finish() const { return sum; }
 };
 
+// Weights of 8 bits taken apart for many inputs: |w|, and -1 where w is negative, else 0. -x is ~x + 1, so the sum of
+// |w| over the negative w belongs to every input's sum, and one instruction of the multiplier is saved in three.
+// |w| ~x does not saturate either: 2 * 127 * 128 < 2^15.
+#define FASTGPT_SPLIT_INT8 1
+struct SplitWeights {
+  VecB size, negative;
+  FASTGPT_INLINE SplitWeights of(VecB w) { return {magnitude(w), (VecB)(w < 0)}; }
+  inline __attribute__((always_inline)) VecI offset() const {
+    return add_pairs(multiply_pairs(size & negative, VecB{} + 1));
+  }
+  inline __attribute__((always_inline)) VecI products(VecB x) const {
+    return add_pairs(multiply_pairs(size, x ^ negative));
+  }
+};
+
 // At most 8 steps.
 struct Int4Sum {
   VecS pairs;
