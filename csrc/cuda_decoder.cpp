@@ -106,6 +106,49 @@ cuda::DecoderCall decoder_call(const std::vector<LayerAddresses>& layers, const 
   return call;
 }
 
+// The call on this stream, when the persistent kernel can take it.
+cuda::DecoderCall persistent_call(const cuda::DecoderCall& call, Address stream) {
+  const cuda::DecoderSizes& s = call.sizes;
+  require(s.batch == 1, "persistent decoder: batch must be 1, not " + std::to_string(s.batch));
+  require(s.emb_dim <= cuda::kMostPersistentWidth, "persistent decoder: emb_dim must be at most " +
+                                                       std::to_string(cuda::kMostPersistentWidth) + ", not " +
+                                                       std::to_string(s.emb_dim));
+  require(call.layers.size() <= 1024 && s.n_logits <= 1 << 24 && s.hidden_dim <= 1 << 20 && s.n_heads <= 4096,
+          "persistent decoder: the network is larger than it can plan for");
+  cuda::DecoderCall now = call;
+  now.stream = reinterpret_cast<void*>(stream);
+  return now;
+}
+
+// (blocks, stages); a value_error says why there is none.
+std::array<int, 2> persistent_plan(const cuda::DecoderCall& call) {
+  cuda::PersistentPlan plan = {};
+  check_launch(cuda::persistent_plan(persistent_call(call, 0), &plan), "persistent_plan");
+  require(plan.blocks > 0, "persistent decoder: this chip has no cooperative launches");
+  require(plan.blocks <= call.sizes.most_blocks,
+          "persistent decoder: the chip has more multiprocessors than the buffers have room for");
+  require(plan.stages > 0, "persistent decoder: a block of this network does not fit into " +
+                               std::to_string(call.sizes.most_shared) + " bytes of shared memory");
+  return {plan.blocks, plan.stages};
+}
+
+void persistent_upload(const cuda::DecoderCall& call, Address table, int64_t bytes, Address stream) {
+  require(bytes >= static_cast<int64_t>(call.layers.size()) * cuda::kLayerBytes,
+          "persistent_upload: the table is too small");
+  check_launch(cuda::persistent_upload(persistent_call(call, stream), whole(table, "persistent_upload")),
+               "persistent_upload");
+}
+
+void persistent_steps(const cuda::DecoderCall& call, const std::array<int, 2>& plan, Address table, int steps,
+                      int64_t end, Address stream) {
+  require(plan[0] >= 1 && plan[0] <= call.sizes.most_blocks && plan[1] >= 1 && plan[1] <= 6,
+          "persistent_steps: the plan is not that of persistent_plan");
+  require(steps >= 1 && steps <= call.sizes.group, "persistent_steps: steps must be from 1 to the group");
+  check_launch(cuda::persistent_steps(persistent_call(call, stream), {plan[0], plan[1]},
+                                      whole(table, "persistent_steps"), steps, end),
+               "persistent_steps");
+}
+
 }  // namespace
 
 void bind_cuda_decoder(pybind11::module_& module) {
@@ -118,6 +161,9 @@ void bind_cuda_decoder(pybind11::module_& module) {
              now.stream = reinterpret_cast<void*>(stream);
              check_launch(cuda::decoder_begin(now), "decoder_begin");
            })
+      .def("persistent_plan", &persistent_plan)
+      .def("persistent_upload", &persistent_upload)
+      .def("persistent_steps", &persistent_steps)
       .def("step", [](const cuda::DecoderCall& call, Address stream) {
         cuda::DecoderCall now = call;
         now.stream = reinterpret_cast<void*>(stream);

@@ -50,5 +50,20 @@ struct DecoderCall {
 int decoder_begin(const DecoderCall& call);
 int decoder_step(const DecoderCall& call);
 
+// Many tokens in one launch (kernels/cuda/decode_persistent.cuh), for a batch of 1. blocks 0: the chip has no
+// cooperative launches; stages 0: its shared memory is too small.
+struct PersistentPlan {
+  int blocks, stages;
+};
+
+constexpr int64_t kLayerBytes = 152;
+constexpr int64_t kMostPersistentWidth = 2048;
+
+int persistent_plan(const DecoderCall& call, PersistentPlan* plan);
+// Writes the addresses of all layers to the device and waits: kLayerBytes a layer.
+int persistent_upload(const DecoderCall& call, void* table);
+// end: the token behind which nothing is wanted, or -1.
+int persistent_steps(const DecoderCall& call, PersistentPlan plan, const void* table, int steps, int64_t end);
+
 }  // namespace cuda
 }  // namespace fastgpt

@@ -107,7 +107,7 @@ def test_bfloat16_logits_are_within_the_bound_for_every_shape_of_tile(emulated, 
     tokens, sizes = torch.arange(batch) % 67, torch.arange(batch) % 15 + 1
     decoder = decoder_for(model, batch)
     before = decoder.cache.buffer.clone()
-    call = decoder._call(graph_engine._GREEDY)
+    call = decoder._call(graph_engine.GREEDY)
     decoder._start(tokens, sizes, 0)
     call.step(0)
 
@@ -195,6 +195,7 @@ def test_a_layer_of_gpt2s_width_gives_the_tokens_of_the_plain_loop():
 
 def test_the_gates_that_a_gpu_will_meet_pass(tmp_path):
     with Bench(tmp_path / "rows.jsonl", "decode", 60.0, dry_run=True) as bench:
-        assert "fastgpt graph" in decode.gate_tokens(bench)
+        assert {"fastgpt graph", decode.PERSISTENT} <= decode.gate_tokens(bench)
         decode.gate_logits(bench)
+        decode.gate_logits(bench, persistent=True)
     assert not bench.failures

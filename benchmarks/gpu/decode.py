@@ -22,12 +22,16 @@ from fastgpt.generation.graph_weights import StepWeights
 from fastgpt.generation.kv_model import GPTModel as CachedGPT
 from fastgpt.generation.kv_model import KVCache
 from fastgpt.generation.network import read_network
+from fastgpt.generation.persistent_engine import PersistentDecoder
 from fastgpt.model import GPTModel
 from fastgpt.ops import cuda_support
 
 TINY = {"vocab_size": 97, "context_length": 64, "emb_dim": 32, "n_heads": 2, "n_layers": 2, "qkv_bias": False}
 PROMPT = 32
 TARGETS = {1: "5k, 3 x", 8: None, 64: "150k"}
+
+# Takes one row at a time.
+PERSISTENT = "fastgpt persistent"
 
 Loop = Callable[[Tensor, int], Any]
 
@@ -51,7 +55,7 @@ class Models:
         # A dry run has it where the tests' emulator stands in for a GPU.
         missing = bench.dry_run and cuda_support.why_not(bench.device, dtype) is not None
         self.graph = None if missing else Generator(self.ours, engine="graph")
-
+        self.persistent = None if missing else Generator(self.ours, engine="persistent")
         # Programmatic dependent launch is of compute capability 9.
         self.overlaps = not bench.dry_run and torch.cuda.get_device_capability()[0] == 9
         self.second = Generator(self.ours, engine="graph") if self.overlaps else None
@@ -66,6 +70,7 @@ class Models:
         }
         if self.graph is not None:
             loops["fastgpt graph"] = self.graph.generate
+            loops[PERSISTENT] = functools.partial(_row_by_row, self.persistent)
             if self.overlaps:
                 loops["fastgpt graph, overlapped"] = functools.partial(_overlapped, self.second)
         return loops
@@ -79,6 +84,10 @@ def _overlapped(generator: Any, prompt: Tensor, n_new: int) -> Any:
         return generator.generate(prompt, n_new)
     finally:
         graph_engine.OVERLAP = before
+
+
+def _row_by_row(generator: Any, prompt: Tensor, n_new: int) -> Tensor:
+    return torch.cat([generator.generate(row, n_new) for row in prompt.split(1)])
 
 
 def _book_cache(model: torch.nn.Module, n_layers: int, prompt: Tensor, n_new: int) -> Tensor:
@@ -110,11 +119,16 @@ def gate_tokens(bench: Bench) -> set[str]:
     return right
 
 
-def gate_logits(bench: Bench) -> None:
-    """One bf16 step of the graph's kernels is at most twice as far from float32 as PyTorch's own bf16 step."""
+def gate_logits(bench: Bench, persistent: bool = False) -> None:
+    """One bf16 step of our kernels is at most twice as far from float32 as PyTorch's own bf16 step."""
     models = Models(bench, torch.bfloat16)
-    network, batch, length = read_network(models.ours), 17, 40
-    decoder = GraphDecoder(StepWeights(network), batch, 64, keep_logits=True)
+    network, batch, length = read_network(models.ours), 1 if persistent else 17, 40
+    weights = StepWeights(network)
+    decoder = (
+        PersistentDecoder(weights, 64, keep_logits=True)
+        if persistent
+        else GraphDecoder(weights, batch, 64, keep_logits=True)
+    )
     decoder.cache.buffer.normal_()
     tokens = torch.arange(batch, device=bench.device)
     sizes = torch.full((batch,), length, device="cpu")
@@ -132,7 +146,8 @@ def gate_logits(bench: Bench) -> None:
         naive, truth = logits_of(torch.bfloat16).double(), logits_of(torch.float32).double()
     error = float((decoder.logits.double() - truth).norm() / truth.norm())
     allowed = 2 * float((naive - truth).norm() / truth.norm())
-    bench.write(case="bf16 logits of a graph step", relative_error=error, allowed=allowed)
+    name = "persistent" if persistent else "graph"
+    bench.write(case=f"bf16 logits of a {name} step", relative_error=error, allowed=allowed)
     if not error <= allowed:
         raise AssertionError(f"bf16 logits: relative error {error:.2e}, allowed {allowed:.2e}")
 
@@ -143,11 +158,12 @@ def decode(bench: Bench) -> None:
     bench.attempt("tokens equal the book's", lambda: right.update(gate_tokens(bench)))
     if not bench.dry_run:
         bench.attempt("bf16 logits of a graph step", lambda: gate_logits(bench))
+        bench.attempt("bf16 logits of a persistent step", lambda: gate_logits(bench, persistent=True))
     models = Models(bench, torch.float32 if bench.dry_run else torch.bfloat16)
     for batch in (1, 2) if bench.dry_run else (1, 8, 64):
         prompt = torch.randint(models.cfg["vocab_size"], (batch, PROMPT), device=bench.device)
         for provider, loop in models.loops().items():
-            if provider not in right:
+            if provider not in right or (provider == PERSISTENT and batch > 1):
                 continue
             bench.attempt(
                 f"decode batch {batch} {provider}", functools.partial(_time, bench, provider, loop, prompt, batch)

@@ -16,6 +16,7 @@ from fastgpt.generation.graph_engine import Decoders, graph_engine
 from fastgpt.generation.native_engine import NativeEngine, make_engine, native_engine
 from fastgpt.generation.native_weights import NotNative, Packs
 from fastgpt.generation.network import Copies, Network, NotRecognised, read_network, unwrap
+from fastgpt.generation.persistent_engine import make_decoder
 from fastgpt.generation.prefix import PrefixStore
 from fastgpt.generation.rows import Prompts, read_prompts
 from fastgpt.generation.sampling import Sampling
@@ -24,7 +25,7 @@ from fastgpt.generation.session import Session
 logger = logging.getLogger("fastgpt")
 
 OVERFLOWS = ("exact", "stop", "slide")
-ENGINES = ("graph",)
+ENGINES = ("graph", "persistent")
 # What the native decoder has packed weights for.
 PRECISIONS = (torch.bfloat16, "int8", "int4")
 _PROBE_TOKENS = 4
@@ -51,7 +52,8 @@ class Generator:
             several tokens at a time, and keep the cache of the last single prompt for the next one, so that only what
             it says anew is read. False reads all weights for each token.
         engine: None takes the fastest that is proven. "graph" is the decoder for GPUs, one CUDA graph a token, for
-            float32 and bfloat16 models; no GPU has run it yet. Without a seed it draws others than torch.multinomial.
+            float32 and bfloat16 models; "persistent" makes many tokens of a single row in one launch, and takes several
+            rows as "graph" does. No GPU has run them yet. Without a seed they draw others than torch.multinomial.
 
     Raises:
         TypeError, ValueError: the model is not callable, or the dtype or the engine is not available.
@@ -72,7 +74,7 @@ class Generator:
             raise ValueError(f"engine={engine!r} is not known; use None or one of: {', '.join(ENGINES)}.")
         self.model = model
         self.engine = engine
-        self._decoders = Decoders()
+        self._decoders = Decoders(make_decoder) if engine == "persistent" else Decoders()
         self.dtype = dtype
         self._copies = Copies(dtype) if isinstance(dtype, torch.dtype) else None
         self._packs = Packs(dtype) if dtype in PRECISIONS else None
@@ -210,9 +212,9 @@ class Generator:
 
     def _engine(self, network: Network, overflow: str, budget: int) -> Engine:
         limit = network.context_length
-        if self.engine == "graph":
+        if self.engine is not None:
             converted = network if self._copies is None else read_network(self.model, self._copies)
-            return graph_engine(converted, limit, overflow, budget, [], self._decoders)
+            return graph_engine(converted, limit, overflow, budget, [], self._decoders, self.engine)
         if self._packs is not None:
             try:
                 return native_engine(network, self._packs, limit, overflow, budget)

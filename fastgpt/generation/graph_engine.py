@@ -43,7 +43,7 @@ _ROOM = 256
 _KEPT = 4
 # Whether new decoders let kernels overlap (programmatic dependent launch); benchmarks try both.
 OVERLAP = False
-_GREEDY, _DRAWN, _TOP_K = range(3)
+GREEDY, DRAWN, TOP_K = range(3)
 
 
 class GraphDecoder:
@@ -58,7 +58,10 @@ class GraphDecoder:
 
     Attributes:
         cache: keys and values of all tokens but each row's newest; it never grows.
+        group_with_end: tokens that are made together where a row may end.
     """
+
+    group_with_end = GROUP_WITH_END
 
     def __init__(
         self, weights: StepWeights, batch: int, room: int, overlap: bool | None = None, keep_logits: bool = False
@@ -81,6 +84,7 @@ class GraphDecoder:
         self.state = buffer(batch, 4, dtype=torch.int64)
         self.found = buffer(batch, GROUP, dtype=torch.int64)
         self.draw = buffer(4, dtype=torch.int32)
+        self.arrived = buffer(heads, dtype=torch.int32)
         self.logits = buffer(batch, weights.n_logits, dtype=torch.float32)
         self._buffers = (
             buffer(batch, weights.width, dtype=torch.float32),
@@ -88,7 +92,7 @@ class GraphDecoder:
             buffer(batch, weights.heads),
             buffer(batch, weights.hidden),
             buffer(heads, splits, 2 + network.head_dim, dtype=torch.float32),
-            buffer(heads, dtype=torch.int32),
+            self.arrived,
             buffer(batch, blocks, dtype=torch.int64),
             self.logits,
             self.state,
@@ -101,7 +105,7 @@ class GraphDecoder:
             splits, blocks, shared, GROUP,
         )  # fmt: skip
         self._replays: dict[int, Callable[[], None]] = {}
-        self._begin = self._call(_GREEDY)
+        self._begin = self._call(GREEDY)
 
     def _call(self, mode: int) -> Any:
         weights, cache = self.weights, self.cache
@@ -109,12 +113,21 @@ class GraphDecoder:
             (*addresses, keys.data_ptr(), values.data_ptr())
             for addresses, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True)
         ]
-        written = self.keep_logits or mode == _TOP_K
+        written = self.keep_logits or mode == TOP_K
         rest = (*weights.ends, *(b.data_ptr() if written or b is not self.logits else 0 for b in self._buffers))
         code = DTYPE_CODES[weights.dtype]
         return cuda_support.load().DecoderCall(layers, weights.eps, rest, self.sizes, code, mode, self.overlap)
 
-    def run(self, tokens: Tensor, sizes: Tensor, drawn: int, steps: int, sampling: Sampling, seed: int) -> Tensor:
+    def run(
+        self,
+        tokens: Tensor,
+        sizes: Tensor,
+        drawn: int,
+        steps: int,
+        sampling: Sampling,
+        seed: int,
+        end: int | None = None,
+    ) -> Tensor:
         """Take steps.
 
         Args:
@@ -124,14 +137,15 @@ class GraphDecoder:
             drawn: how many tokens were drawn before.
             steps: from 1 to GROUP.
             sampling, seed: how tokens are chosen; without top_p.
+            end: the token that ends a row, or None; steps go on behind it here.
 
         Returns:
             (batch, steps) int64.
         """
-        mode = _GREEDY if sampling.greedy else _DRAWN if sampling.top_k is None else _TOP_K
+        mode = GREEDY if sampling.greedy else DRAWN if sampling.top_k is None else TOP_K
         with cuda_support.device_of(self.state):
-            if mode != _GREEDY:
-                self.draw.copy_(_draw_options(sampling, seed))
+            if mode != GREEDY:
+                self.draw.copy_(draw_options(sampling, seed))
             replay = self._replays.get(mode)
             if replay is None:
                 replay = self._replays[mode] = self._capture(self._call(mode), tokens)
@@ -141,12 +155,15 @@ class GraphDecoder:
             return self.found[:, :steps].clone()
 
     def _start(self, tokens: Tensor, sizes: Tensor, drawn: int) -> None:
+        self._set_state(tokens, sizes, drawn)
+        self._begin.begin(cuda_support.stream())
+
+    def _set_state(self, tokens: Tensor, sizes: Tensor, drawn: int) -> None:
         lengths = sizes.clamp(max=self.room)
         numbers = torch.stack((torch.zeros_like(lengths), lengths, torch.zeros_like(lengths)), dim=1)
         self.state[:, :3].copy_(numbers)
         self.state[:, 0].copy_(tokens)
         self.state[:, 3] = drawn
-        self._begin.begin(cuda_support.stream())
 
     def _capture(self, call: Any, tokens: Tensor) -> Callable[[], None]:
         """One step as a graph; where there is no GPU, the step itself. What capturing changes, `_start` sets anew."""
@@ -181,7 +198,7 @@ def _chip(device: torch.device) -> tuple[int, int]:
     return 2 * properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
 
 
-def _draw_options(sampling: Sampling, seed: int) -> Tensor:
+def draw_options(sampling: Sampling, seed: int) -> Tensor:
     scale = torch.tensor([sampling.inverse_temperature], dtype=torch.float32).view(torch.int32)
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     rest = torch.tensor([low, high, sampling.top_k or 0], dtype=torch.int64).to(torch.int32)
@@ -189,9 +206,14 @@ def _draw_options(sampling: Sampling, seed: int) -> Tensor:
 
 
 class Decoders:
-    """Decoders, with their graphs, that are kept from call to call; each is lent to one run at a time."""
+    """Decoders, with their graphs, that are kept from call to call; each is lent to one run at a time.
 
-    def __init__(self) -> None:
+    Args:
+        make: from weights, rows and the longest row to a decoder.
+    """
+
+    def __init__(self, make: Callable[[StepWeights, int, int], GraphDecoder] = GraphDecoder) -> None:
+        self._make = make
         self._lock = threading.Lock()
         self._free: list[GraphDecoder] = []
 
@@ -206,7 +228,7 @@ class Decoders:
                     self._free.remove(decoder)
                     return decoder
         limit = weights.network.context_length
-        return GraphDecoder(weights, batch, min(limit, -(-room // _ROOM) * _ROOM))
+        return self._make(weights, batch, min(limit, -(-room // _ROOM) * _ROOM))
 
     def give_back(self, decoder: GraphDecoder) -> None:
         """The run has ended."""
@@ -276,16 +298,22 @@ class GraphEngine(CachedEngine):
             return None
         sizes = rows.lengths - self.starts
         room = min(self.limit, self.decoder.room) + 1 - int(sizes[~ended].max())
-        steps = min(at_most, room, GROUP if eos_id is None else GROUP_WITH_END)
+        steps = min(at_most, room, GROUP if eos_id is None else self.decoder.group_with_end)
         if steps < 1:
             return None
         if self._seed is None:
             self._seed = philox.draw_seed() if sampling.seed is None else int(sampling.seed)
-        return self.decoder.run(rows.newest(), sizes, drawn, steps, sampling, self._seed)
+        return self.decoder.run(rows.newest(), sizes, drawn, steps, sampling, self._seed, eos_id)
 
 
 def graph_engine(
-    network: Network, limit: int, overflow: str, budget: int, modules: Sequence[nn.Module], decoders: Decoders
+    network: Network,
+    limit: int,
+    overflow: str,
+    budget: int,
+    modules: Sequence[nn.Module],
+    decoders: Decoders,
+    name: str = "graph",
 ) -> GraphEngine:
     """The GPU decoder for this network.
 
@@ -296,5 +324,5 @@ def graph_engine(
         return GraphEngine(network, limit, overflow, budget, modules, decoders)
     except NotForGraphs as reason:
         raise ValueError(
-            f'engine="graph" is the decoder for GPUs, which cannot run here: {reason}. engine=None takes what can run.'
+            f'engine="{name}" is a decoder for GPUs, which cannot run here: {reason}. engine=None takes what can run.'
         ) from None

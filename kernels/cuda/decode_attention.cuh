@@ -11,7 +11,7 @@
 // normalizer calculation for softmax", 2018; Dao et al., "Flash-Decoding", 2023.
 #pragma once
 
-#include "mma.cuh"
+#include "grid_barrier.cuh"
 
 namespace fastgpt {
 namespace cuda {
@@ -86,10 +86,13 @@ __device__ inline float join_parts(int count, int64_t stride, int d, float& m, f
   return acc;
 }
 
-// The sum over the keys begin .. end - 1 of one head, written to `to`: m in powers of 2, l, acc[head_dim], float32.
-template <class T, int kPacks>
-__device__ inline void attend_part(float* to, const T* q_row, const T* k_head, int64_t k_stride, const T* v_head,
-                                   int64_t v_stride, int64_t begin, int64_t end, const DecodeSizes& sizes) {
+// The sum over the keys begin .. end - 1 of one head, written to `to`: m in powers of 2, l, acc[head_dim], float32. By
+// a block of kWarps warps; shared: (kWarps, shared_decode_stride(head_dim)). kFresh: other blocks of this launch have
+// written what is read, or will read what is written.
+template <class T, int kPacks, int kWarps = kDecodeWarps, bool kFresh = false>
+__device__ inline void attend_part(float* to, float* shared, const T* q_row, const T* k_head, int64_t k_stride,
+                                   const T* v_head, int64_t v_stride, int64_t begin, int64_t end,
+                                   const DecodeSizes& sizes) {
   constexpr int kSize = Pack<T>::kSize;
   const int lane = threadIdx.x % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int keys = kWarp / sizes.lanes, mine = lane % sizes.lanes;
@@ -101,14 +104,25 @@ __device__ inline void attend_part(float* to, const T* q_row, const T* k_head, i
   // Piece i of this lane, or zeros behind head_dim.
   const auto load = [&](const T* row, int i) {
     const int column = (mine + i * sizes.lanes) * kSize;
-    return column < sizes.head_dim ? *reinterpret_cast<const Pack<T>*>(row + column) : zero;
+    if (column >= sizes.head_dim) return zero;
+    const Pack<T>* from = reinterpret_cast<const Pack<T>*>(row + column);
+    if constexpr (kFresh)
+      return read_l2(from);
+    else
+      return *from;
+  };
+  const auto store = [&](float* address, float value) {
+    if constexpr (kFresh)
+      write_l2(address, value);
+    else
+      *address = value;
   };
   Pack<T> query[kPacks];
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) query[i] = load(q_row, i);
 
   PartialSum<T, kPacks> sum;
-  for (int64_t first = begin + warp * keys; first < end; first += kDecodeWarps * keys) {
+  for (int64_t first = begin + warp * keys; first < end; first += kWarps * keys) {
     const int64_t key = first + lane / sizes.lanes;
     const bool exists = key < end;
     float score = 0.0f;
@@ -126,7 +140,6 @@ __device__ inline void attend_part(float* to, const T* q_row, const T* k_head, i
   for (int step = sizes.lanes; step < kWarp; step *= 2) sum.join(step);
 
   const int shared_stride = shared_decode_stride(sizes.head_dim);
-  float* shared = reinterpret_cast<float*>(dynamic_shared());  // (kDecodeWarps, shared_stride)
   if (lane < sizes.lanes) {
     float* warp_sum_place = shared + warp * shared_stride;
     if (lane == 0) {
@@ -142,14 +155,13 @@ __device__ inline void attend_part(float* to, const T* q_row, const T* k_head, i
       }
   }
   __syncthreads();
-  for (int d = threadIdx.x; d < sizes.head_dim; d += kDecodeWarps * kWarp) {
+  for (int d = threadIdx.x; d < sizes.head_dim; d += kWarps * kWarp) {
     float m, l;
-    const float acc =
-        join_parts(kDecodeWarps, shared_stride, d, m, l, [&](int64_t i) { return load_shared(shared + i); });
-    to[2 + d] = acc;
+    const float acc = join_parts(kWarps, shared_stride, d, m, l, [&](int64_t i) { return load_shared(shared + i); });
+    store(to + 2 + d, acc);
     if (d > 0) continue;
-    to[0] = m;
-    to[1] = l;
+    store(to, m);
+    store(to + 1, l);
   }
 }
 
@@ -164,7 +176,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   const int64_t length = lengths[batch] < sizes.max_len ? lengths[batch] : sizes.max_len;
   const int64_t begin = split * part, end = begin + part < length ? begin + part : length;
   attend_part<T, kPacks>(partial + static_cast<int64_t>(blockIdx.x) * (2 + sizes.head_dim),
-                         q + batch * q_batch_stride + h * q_head_stride,
+                         reinterpret_cast<float*>(dynamic_shared()), q + batch * q_batch_stride + h * q_head_stride,
                          k.data + batch * k.batch_stride + h * k.head_stride, k.row_stride,
                          v.data + batch * v.batch_stride + h * v.head_stride, v.row_stride, begin, end, sizes);
 }

@@ -50,13 +50,14 @@ struct DrawOptions {
 
 __device__ inline uint64_t most(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
-// The largest key of the block, in every thread. shared: 16 bytes a warp.
+// The largest key of a block of kThreads, in every thread. shared: 16 bytes a warp.
+template <int kThreads = kChooseThreads>
 __device__ inline uint64_t block_most(uint64_t key, uint64_t* shared) {
   for (int step = kWarp / 2; step > 0; step /= 2) key = most(key, __shfl_xor_sync(0xffffffffu, key, step));
   if (threadIdx.x % kWarp == 0) store_shared(shared + threadIdx.x / kWarp * 2, key);
   __syncthreads();
   uint64_t largest = 0;
-  for (int i = 0; i < kChooseThreads / kWarp; ++i) largest = most(largest, load_shared(shared + i * 2));
+  for (int i = 0; i < kThreads / kWarp; ++i) largest = most(largest, load_shared(shared + i * 2));
   return largest;
 }
 
@@ -83,15 +84,16 @@ __global__ void __launch_bounds__(kChooseThreads)
 }
 
 // The bits of the k-th largest of n numbers, as `ordered` gives them. histogram: kBins numbers; found: 2.
+template <int kThreads = kChooseThreads>
 __device__ inline uint32_t kth_largest(const float* numbers, int n, uint32_t k, uint32_t* histogram, uint32_t* found) {
   uint32_t prefix = 0, mask = 0;
   const int shifts[3] = {21, 10, 0}, bits[3] = {11, 11, 10};
 #pragma unroll
   for (int pass = 0; pass < 3; ++pass) {
-    for (int i = threadIdx.x; i < kBins; i += kChooseThreads) store_shared(histogram + i, 0u);
+    for (int i = threadIdx.x; i < kBins; i += kThreads) store_shared(histogram + i, 0u);
     __syncthreads();
     const uint32_t ones = (1u << bits[pass]) - 1;
-    for (int i = threadIdx.x; i < n; i += kChooseThreads) {
+    for (int i = threadIdx.x; i < n; i += kThreads) {
       const uint32_t number = ordered(numbers[i]);
       if ((number & mask) == prefix) atomicAdd(histogram + (number >> shifts[pass] & ones), 1u);
     }
@@ -103,7 +105,7 @@ __device__ inline uint32_t kth_largest(const float* numbers, int n, uint32_t k, 
       for (int i = 0; i < kBins / kWarp; ++i) sum += load_shared(histogram + first - i);
       uint32_t before = sum;
       for (int step = 1; step < kWarp; step *= 2) {
-        const uint32_t other = __shfl_sync(0xffffffffu, before, static_cast<int>(threadIdx.x) - step & (kWarp - 1));
+        const uint32_t other = __shfl_sync(0xffffffffu, before, (static_cast<int>(threadIdx.x) - step) & (kWarp - 1));
         if (static_cast<int>(threadIdx.x) >= step) before += other;
       }
       before -= sum;

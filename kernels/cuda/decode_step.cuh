@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   const int stride = 2 + sizes.head_dim;
   float* parts = partial + head * sizes.splits * stride;
   const int64_t begin = split * part, end = begin + part < length ? begin + part : length;
-  attend_part<T, kPacks>(parts + static_cast<int64_t>(split) * stride, q + head * sizes.head_dim,
-                         k.data + batch * k.batch_stride + h * k.head_stride, k.row_stride,
+  attend_part<T, kPacks>(parts + static_cast<int64_t>(split) * stride, reinterpret_cast<float*>(dynamic_shared()),
+                         q + head * sizes.head_dim, k.data + batch * k.batch_stride + h * k.head_stride, k.row_stride,
                          v.data + batch * v.batch_stride + h * v.head_stride, v.row_stride, begin, end, sizes);
 
   uint32_t* last = reinterpret_cast<uint32_t*>(dynamic_shared() +
