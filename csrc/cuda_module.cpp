@@ -128,6 +128,7 @@ cuda::AttentionCall attention_call(const std::array<int64_t, 5>& sizes, float so
           dtype,    to_stream(stream)};
 }
 
+template <decltype(&cuda::attention_forward) kLaunch>
 void attention_forward(Address out, const Strides& out_strides, Address lse, Address q, const Strides& q_strides,
                        Address k, const Strides& k_strides, Address v, const Strides& v_strides,
                        const std::array<int64_t, 5>& sizes, float softmax_scale, uint64_t seed,
@@ -135,11 +136,10 @@ void attention_forward(Address out, const Strides& out_strides, Address lse, Add
   const char* what = "attention_forward";
   const cuda::AttentionCall call =
       attention_call(sizes, softmax_scale, seed, dropout_threshold, dtype_code, stream, what);
-  check_launch(cuda::attention_forward(writable(out, out_strides, call, call.q_len, what),
-                                       float_pointer(lse, call.batch * call.n_heads * call.q_len, what),
-                                       readable(q, q_strides, call, call.q_len, what),
-                                       readable(k, k_strides, call, call.k_len, what),
-                                       readable(v, v_strides, call, call.k_len, what), call),
+  check_launch(kLaunch(writable(out, out_strides, call, call.q_len, what),
+                       float_pointer(lse, call.batch * call.n_heads * call.q_len, what),
+                       readable(q, q_strides, call, call.q_len, what), readable(k, k_strides, call, call.k_len, what),
+                       readable(v, v_strides, call, call.k_len, what), call),
                what);
 }
 
@@ -200,7 +200,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("gelu_backward", &fastgpt::gelu_backward);
   module.def("layer_norm_forward", &fastgpt::layer_norm_forward);
   module.def("layer_norm_backward", &fastgpt::layer_norm_backward);
-  module.def("attention_forward", &fastgpt::attention_forward);
+  module.def("attention_forward", &fastgpt::attention_forward<fastgpt::cuda::attention_forward>);
+  module.def("attention_forward_hopper", &fastgpt::attention_forward<fastgpt::cuda::attention_forward_hopper>);
   module.def("attention_backward", &fastgpt::attention_backward);
   module.def("decode_attention", &fastgpt::decode_attention);
   fastgpt::bind_cuda_decoder(module);

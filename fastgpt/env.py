@@ -5,6 +5,7 @@
 | FASTGPT_BACKEND     | backend for every op: auto (default), cuda, triton, cpu, torch, reference        |
 | FASTGPT_NUM_THREADS | threads of the CPU kernels; without it torch.get_num_threads()                   |
 | FASTGPT_ISA         | instruction set of the CPU kernels: baseline, avx2, avx512, avx512_bf16          |
+| FASTGPT_CUDA_PATH   | kernels of backend "cuda": auto (default: the GPU's best), sm_80 (any GPU's)     |
 | FASTGPT_OFFLINE     | 1: never use the network                                                         |
 | FASTGPT_BPE_DIR     | folder with GPT-2's encoder.json and vocab.bpe                                   |
 | FASTGPT_TILES       | file that `fastgpt bench --tune` writes; else ~/.cache/fastgpt/tiles.json        |
@@ -25,6 +26,7 @@ import tempfile
 from pathlib import Path
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
+CUDA_PATHS = ("auto", "sm_80")
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -48,6 +50,11 @@ def _flag(variable: str) -> bool:
 def backend() -> str:
     """The backend that FASTGPT_BACKEND names, or "auto"."""
     return _choice("FASTGPT_BACKEND", BACKENDS, "auto")
+
+
+def cuda_path() -> str:
+    """Which kernels of backend "cuda" FASTGPT_CUDA_PATH allows: "auto" or "sm_80"."""
+    return _choice("FASTGPT_CUDA_PATH", CUDA_PATHS, "auto")
 
 
 def isa() -> str | None:

@@ -102,11 +102,13 @@ def emulate() -> Emulated:
 
 
 @contextmanager
-def as_cuda_backend(emulated: Emulated, *ops: dispatch.Op) -> Iterator[None]:
-    """Inside, backend="cuda" of these ops takes tensors of the CPU and runs in the emulator."""
+def as_cuda_backend(emulated: Emulated, *ops: dispatch.Op, hopper: bool = False) -> Iterator[None]:
+    """Inside, backend="cuda" of these ops takes tensors of the CPU and runs in the emulator; hopper: of a chip that
+    runs the kernels of sm_90a."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_support, "extension", _Extension(emulated.module))
         patch.setattr(cuda_support, "chip", lambda: None)
+        patch.setattr(cuda_support, "runs_sm90a", lambda index: hopper)
         patch.setattr(cuda_support, "device_of", lambda tensor: nullcontext())
         patch.setattr(cuda_support, "stream", lambda: 0)
         patch.setattr(cuda_support, "DEVICE", "cpu")

@@ -17,6 +17,7 @@ from benchmarks.gpu.bench import Bench, gate
 from benchmarks.gpu.decode import decode
 from benchmarks.gpu.whole import training
 from fastgpt import ops
+from fastgpt.ops.attention.backend_cuda import cuda_path
 from fastgpt.ops.dispatch import Op
 
 KERNELS = ("triton", "cuda")
@@ -86,6 +87,8 @@ def attention(bench: Bench) -> None:
                     forwards[label(backend)] = functools.partial(
                         ops.causal_attention, q, k, v, dropout_p=p, backend=backend
                     )
+                if "cuda" in backends:
+                    forwards["cuda sm_80"] = functools.partial(_cuda_sm80, q, k, v, p)
                 dout = torch.randn_like(q)
                 if p == 0.0:
                     _gate_attention(forwards, (q, k, v), dout)
@@ -103,6 +106,12 @@ def attention(bench: Bench) -> None:
                 bench.rows_of(f"{name} backward", bench.race(backwards), 2.5 * flops, "TFLOP/s", target="0.9 x")
 
             bench.attempt(f"attention {length} dropout {p:g}", case)
+
+
+def _cuda_sm80(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """The kernels of any GPU, where "cuda" alone may run those of Hopper."""
+    with cuda_path("sm_80"):
+        return ops.causal_attention(q, k, v, dropout_p=p, backend="cuda")
 
 
 def _sdpa(kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:

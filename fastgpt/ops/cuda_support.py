@@ -43,6 +43,12 @@ def chip_of(index: int) -> str | None:
     return None if major >= 8 else f"the kernels need compute capability 8.0, GPU {index} has {major}.{minor}"
 
 
+@functools.cache
+def runs_sm90a(index: int) -> bool:
+    """True when this GPU runs machine code of sm_90a: Hopper and no other chip."""
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
 def load() -> ModuleType:
     """The compiled module, fastgpt._cuda."""
     return extension.load("cuda")

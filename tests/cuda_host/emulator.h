@@ -17,6 +17,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -34,6 +35,8 @@ namespace emulator {
 constexpr int kLanes = 32;
 constexpr size_t kMostShared = 227 * 1024;
 constexpr size_t kWatched = 16;  // bytes
+// Where a block's dynamic shared memory begins in the 32-bit addresses of shared memory.
+constexpr uint32_t kSharedBase = 128;
 
 // One asynchronous copy that has been issued and not been waited for.
 struct Copy {
@@ -41,6 +44,30 @@ struct Copy {
   unsigned char bytes[16];
   bool committed = false;
   int group = 0;
+};
+
+// Accumulators of products under way (wgmma): spoilt where they are, kept here.
+struct Accumulators {
+  struct Kept {
+    std::vector<float> values;
+    int products = 0;
+  };
+  std::map<float*, Kept> kept;
+
+  void spoil(float* c, int count) {
+    Kept& k = kept[c];
+    if (k.products++ > 0) return;
+    k.values.assign(c, c + count);
+    std::memset(static_cast<void*>(c), 0xff, sizeof(float) * count);
+  }
+  std::vector<float>& of(float* c) { return kept[c].values; }
+};
+
+// One product that has been started and not been waited for. work: of the whole warp, with lane 0.
+struct Product {
+  std::function<void()> work;
+  float* c;
+  int group;  // -1: not committed
 };
 
 struct Thread {
@@ -54,6 +81,30 @@ struct Thread {
   int64_t barriers = 0;  // passed so far: what happened between two barriers of the block has the same number
   std::deque<Copy> copies;
   int groups = 0;
+  Accumulators accumulators;
+  std::deque<Product> products;
+  int product_groups = 0;
+
+  // The first product is done: its accumulators come back with the last product that has them.
+  void finish_product();
+};
+
+// A barrier in shared memory (mbarrier): a phase ends when all have arrived and all bytes have been copied.
+struct PhaseBarrier {
+  int arrivals, pending;
+  int64_t bytes;
+  uint64_t phases;  // that are over
+
+  void arrive(int more_bytes) {
+    bytes += more_bytes;
+    --pending;
+    end_phase();
+  }
+  void copied(int done_bytes) {
+    bytes -= done_bytes;
+    end_phase();
+  }
+  void end_phase();
 };
 
 struct Meeting {
@@ -77,6 +128,9 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_size = 0;
   std::vector<Watch> watches;
+  std::map<uint32_t, PhaseBarrier> phase_barriers;
+  std::vector<std::function<void()>> tiles;  // copies of TMA under way
+  Meeting named[16];
   Thread* current = nullptr;
   Fiber scheduler;
   std::string error;
@@ -97,6 +151,27 @@ inline int warp_of(const Thread& thread) { return thread.linear / kLanes; }
     block->error = message + " (block " + std::to_string(block->index.x) + "," + std::to_string(block->index.y) +
                    ", thread " + std::to_string(t.linear) + ")";
   while (true) switch_fiber(block->current->fiber, block->scheduler);
+}
+
+inline void Thread::finish_product() {
+  float* c = products.front().c;
+  products.pop_front();
+  Accumulators::Kept& k = accumulators.kept[c];
+  if (--k.products > 0) return;
+  for (size_t i = 0; i < k.values.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, c + i, 4);
+    if (bits != 0xffffffffu) fail("accumulators were written while a product was under way");
+    c[i] = k.values[i];
+  }
+  accumulators.kept.erase(c);
+}
+
+inline void PhaseBarrier::end_phase() {
+  if (pending < 0) fail("more threads arrive at a barrier than it waits for");
+  if (pending > 0 || bytes != 0) return;
+  pending = arrivals;
+  ++phases;
 }
 
 inline void wait_while(const uint64_t& counter, uint64_t value) {
@@ -135,6 +210,28 @@ inline void sync_threads() {
     ++barrier.generation;
   }
   ++self().barriers;
+}
+
+// bar.sync, or bar.arrive where not `waits`.
+inline void named_barrier(int number, int threads, bool waits) {
+  if (number < 1 || number > 15 || threads % kLanes != 0) fail("a named barrier that no GPU has");
+  Meeting& barrier = block->named[number];
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else if (waits) {
+    wait_while(barrier.generation, barrier.generation);
+  }
+}
+
+// Ends one copy of TMA that is under way, which one the seed says; false when there is none.
+inline bool end_tile(std::mt19937_64& random) {
+  if (block->tiles.empty()) return false;
+  std::swap(block->tiles[random() % block->tiles.size()], block->tiles.back());
+  const std::function<void()> copy = std::move(block->tiles.back());
+  block->tiles.pop_back();
+  copy();
+  return true;
 }
 
 // Notes an access to shared memory, and fails where it races with an earlier one.
@@ -182,6 +279,7 @@ inline void thread_main() {
   body();
   Thread& t = self();
   if (!t.copies.empty()) fail("a thread ends with copies that it did not wait for");
+  if (!t.products.empty()) fail("a thread ends with products that it did not wait for");
   t.done = true;
   while (true) switch_fiber(t.fiber, block->scheduler);
 }
@@ -192,6 +290,9 @@ inline void run_block(Block& b, std::mt19937_64& random) {
   std::fill(b.watches.begin(), b.watches.end(), Watch{});
   b.barrier = Meeting{};
   std::fill(b.warps.begin(), b.warps.end(), Meeting{});
+  std::fill(std::begin(b.named), std::end(b.named), Meeting{});
+  b.phase_barriers.clear();
+  b.tiles.clear();
   std::vector<Thread*> order;
   for (auto& t : b.threads) {
     t->done = false;
@@ -199,12 +300,22 @@ inline void run_block(Block& b, std::mt19937_64& random) {
     t->barriers = 0;
     t->copies.clear();
     t->groups = 0;
+    t->accumulators.kept.clear();
+    t->products.clear();
+    t->product_groups = 0;
     t->fiber.start(&thread_main);
     order.push_back(t.get());
   }
-  while (run_round(order, random)) {
+  // A copy of TMA ends at some time, at the latest when nobody can go on without it.
+  while (true) {
+    if (random() % 4 == 0) end_tile(random);
+    const bool ran = run_round(order, random);
+    if (!b.error.empty()) return;
+    if (!ran && !end_tile(random)) break;
   }
-  if (!b.error.empty()) return;
+  if (!b.tiles.empty()) b.error = "a block ends with copies under way";
+  for (const Meeting& barrier : b.named)
+    if (barrier.arrived != 0) b.error = "a block ends with a named barrier half full";
   for (Thread* t : order) {
     if (t->done) continue;
     b.current = t;

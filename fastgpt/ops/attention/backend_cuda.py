@@ -1,12 +1,21 @@
-"""Causal attention in CUDA C++: kernels/cuda/attention.cuh and attention_backward.cuh."""
+"""Causal attention in CUDA C++: kernels/cuda/attention.cuh and attention_backward.cuh.
+
+On Hopper the forward without dropout takes kernels/cuda/attention_hopper.cuh, unless `cuda_path("sm_80")` or
+FASTGPT_CUDA_PATH says otherwise.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastgpt import env
 from fastgpt.ops import cuda_support, philox
 from fastgpt.ops.cuda_support import DTYPE_CODES
 
@@ -20,6 +29,25 @@ MAX_HEAD_DIM_WITH_DROPOUT = 64
 # The kernels divide by nothing and fold log2(e) into the scale, so it must be a positive normal number.
 _LEAST_SCALE = 1e-37
 
+_path: ContextVar[str | None] = ContextVar("fastgpt_cuda_path", default=None)
+_path_of_environment = functools.cache(env.cuda_path)
+
+
+@contextmanager
+def cuda_path(name: str) -> Iterator[None]:
+    """Inside, calls run "auto", the best kernels for the GPU, or "sm_80", those of any GPU: to race the two.
+
+    Raises:
+        ValueError: the name is neither.
+    """
+    if name not in env.CUDA_PATHS:
+        raise ValueError(f"CUDA path {name!r} is not known; use one of: {', '.join(env.CUDA_PATHS)}.")
+    token = _path.set(name)
+    try:
+        yield
+    finally:
+        _path.reset(token)
+
 
 def why_not(case: Case) -> str | None:
     """bfloat16 and float16 on the GPU, head_dim up to 128; with dropout and gradients up to 64."""
@@ -32,6 +60,19 @@ def why_not(case: Case) -> str | None:
     return cuda_support.why_not(case.device, case.dtype)
 
 
+def why_not_hopper(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str | None:
+    """Why the forward of these inputs, aligned as the kernels read them, must run the kernels of sm_80, or None."""
+    if (_path.get() or _path_of_environment()) == "sm_80":
+        return "the path sm_80 was asked for"
+    if dropout_p > 0.0:
+        return "the kernel of sm_90a has no dropout"
+    if any(size > 1 and stride == 0 for x in (q, k, v) for size, stride in zip(x.shape, x.stride(), strict=True)):
+        return "TMA reads no axis that is expanded"
+    if not cuda_support.runs_sm90a(q.device.index):
+        return "the GPU does not run machine code of sm_90a"
+    return None
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, dropout_p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +82,10 @@ def forward(
         q, k, v = map(_readable, (q, k, v))
         out = _like_out(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        cuda_support.load().attention_forward(
+        module = cuda_support.load()
+        hopper = why_not_hopper(q, k, v, dropout_p) is None
+        launch = module.attention_forward_hopper if hopper else module.attention_forward
+        launch(
             out.data_ptr(), out.stride(), lse.data_ptr(),
             q.data_ptr(), _strides(q), k.data_ptr(), _strides(k), v.data_ptr(), _strides(v),
             _sizes(q, k), softmax_scale, seed, philox.threshold(dropout_p), DTYPE_CODES[q.dtype],

@@ -1,0 +1,132 @@
+"""The sm_90a kernels of causal attention in the emulator of a thread block: TMA, mbarrier, wgmma, turns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulation import as_cuda_backend, emulate
+from test_cuda_attention import PACKED, ROOM, check, draw
+
+from fastgpt import ops
+from fastgpt.testing import assert_within_bound
+
+BACKEND = ROOM.OP.module("cuda")
+# Tiles have 192 or 128 queries in warpgroups of 64, blocks of keys 128.
+LENGTHS = [(1, 1), (63, 63), (65, 65), (128, 128), (129, 129), (193, 193), (1, 300), (130, 257), (400, 400)]
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    emulated = emulate()
+    with as_cuda_backend(emulated, ROOM.OP, PACKED.OP, hopper=True):
+        yield emulated
+
+
+def truth(q, k, v, dtype=torch.float64):
+    """Plain PyTorch: out, and the log-sum-exp of the scores."""
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    unseen = torch.ones(*scores.shape[2:], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
+    scores = scores.masked_fill(unseen, -torch.inf)
+    return torch.softmax(scores, dim=-1) @ v, torch.logsumexp(scores, dim=-1)
+
+
+def check_forward(q, k, v):
+    """The kernel's output is within the bound, and its log-sum-exp to the rounding of float32."""
+    assert BACKEND.why_not_hopper(q, k, v, 0.0) is None
+    out, lse = BACKEND.forward(q, k, v, q.shape[3] ** -0.5, 0.0, 0)
+    wanted, wanted_lse = truth(q, k, v)
+    assert_within_bound(out, truth(q, k, v, q.dtype)[0], wanted)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-5, atol=1e-5)
+    return out, lse
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_output_is_within_the_bound(emulated, lengths, head_dim):
+    emulated.order(sum(lengths))
+    check_forward(*draw(1, 2, *lengths, head_dim, torch.bfloat16)[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [1, 8, 24, 72, 127, 128])
+def test_every_head_dim_up_to_128_is_within_the_bound(emulated, head_dim, dtype):
+    q, k, v, dout = draw(1, 2, 70, 70, head_dim, dtype)
+    check([q, k, v], dout)
+
+
+@pytest.mark.parametrize("lengths", [(200, 200), (5, 130)])
+def test_gradients_from_its_log_sum_exp_are_within_the_bound(emulated, lengths):
+    *inputs, dout = draw(2, 2, *lengths, 64, torch.bfloat16)
+    check(inputs, dout)
+
+
+def test_a_block_takes_many_tiles_one_after_another(emulated):
+    # Three blocks, 4 x 5 heads of three tiles each.
+    out, lse = check_forward(*draw(4, 5, 400, 400, 64, torch.bfloat16)[:3])
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+def test_extreme_scores_stay_finite(emulated):
+    q, k, v, dout = draw(1, 1, 200, 200, 64, torch.bfloat16)
+    check([q * 100, k * 100, v], dout)
+
+
+def test_packed_views_are_read_in_place(emulated):
+    packed = torch.randn(2, 131, 3, 2, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    inputs = [x.transpose(1, 2) for x in packed.unbind(2)]
+    assert all(BACKEND._readable(x) is x for x in inputs)
+    check_forward(*inputs)
+
+
+def test_what_lies_around_the_tensors_is_not_read(emulated):
+    framed = []
+    for x in draw(1, 2, 129, 129, 40, torch.bfloat16)[:3]:
+        frame = torch.full((1, 2, 260, 64), torch.nan).to(torch.bfloat16)
+        frame[:, :, :129, :40] = x
+        framed.append(frame[:, :, :129, :40])
+    check_forward(*framed)
+
+
+def test_the_result_does_not_depend_on_the_order_of_threads_and_copies(emulated):
+    inputs = draw(1, 2, 400, 400, 64, torch.bfloat16)[:3]
+    results = []
+    for seed in (1, 2, 3):
+        emulated.order(seed)
+        results.append(check_forward(*inputs))
+    for out, lse in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(lse, results[0][1], rtol=0, atol=0)
+
+
+def test_nan_reaches_its_row_and_no_earlier_one(emulated):
+    q, k, v = draw(1, 1, 130, 130, 64, torch.bfloat16)[:3]
+    k[0, 0, 129, 0] = torch.nan
+    out = BACKEND.forward(q, k, v, 0.125, 0.0, 0)[0]
+    assert out[0, 0, :129].isfinite().all() and out[0, 0, 129].isnan().all()
+
+
+def test_dropout_and_expanded_heads_run_the_kernels_of_any_gpu(emulated):
+    *inputs, dout = draw(1, 2, 66, 66, 64, torch.bfloat16)
+    assert "dropout" in BACKEND.why_not_hopper(*inputs, 0.1)
+    check(inputs, dout, dropout_p=0.2)
+    q, k, v = (x[:, :1].expand(-1, 2, -1, -1) for x in inputs)
+    assert "expanded" in BACKEND.why_not_hopper(q, k, v, 0.0)
+    check([q, k, v], dout)
+
+
+def test_the_path_of_any_gpu_can_be_asked_for(emulated):
+    inputs = draw(1, 1, 66, 66, 64, torch.bfloat16)[:3]
+    hopper = ops.causal_attention(*inputs, backend="cuda")
+    with BACKEND.cuda_path("sm_80"):
+        assert "asked for" in BACKEND.why_not_hopper(*inputs, 0.0)
+        assert_within_bound(ops.causal_attention(*inputs, backend="cuda"), hopper, truth(*inputs)[0])
+    assert BACKEND.why_not_hopper(*inputs, 0.0) is None
+    with pytest.raises(ValueError, match="sm_90"), BACKEND.cuda_path("sm_90"):
+        pass
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 8), (2, 0, 4, 8), (1, 1, 0, 8)], ids=str)
+def test_nothing_gives_nothing(emulated, shape):
+    inputs = draw(*shape[:2], shape[2], shape[2], shape[3], torch.bfloat16)[:3]
+    assert ops.causal_attention(*inputs, backend="cuda").shape == shape

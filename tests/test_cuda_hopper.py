@@ -1,0 +1,116 @@
+"""The arithmetic of the sm_90a kernels, and what the emulator of TMA, mbarrier and wgmma catches."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from cuda_emulation import HOST, compiled
+
+NONE, NOT_THERE, OVERWRITTEN, READ_EARLY, TOO_MANY_BYTES, TOO_MANY_ARRIVALS, NO_INIT, UNEVEN_TURN = range(8)
+
+
+@pytest.fixture(scope="module")
+def library():
+    library = ctypes.CDLL(str(compiled([HOST / "hopper_faults.cu"])))
+    library.run_product.restype = ctypes.c_char_p
+    library.run_rows_descriptor.restype = library.run_columns_descriptor.restype = ctypes.c_uint64
+    library.run_tile_of_round.restype = library.run_swizzled.restype = ctypes.c_uint32
+    return library
+
+
+@pytest.fixture
+def product(library):
+    def run(fault):
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(n, 64, generator=generator).half() for n in (64, 128))
+        out = torch.zeros(64, 128)
+        error = library.run_product(*(ctypes.c_void_p(x.data_ptr()) for x in (out, a, b)), fault)
+        return out, a.float() @ b.float().T, error.decode() if error else None
+
+    return run
+
+
+def test_a_correct_product_is_the_product(product):
+    out, want, error = product(NONE)
+    assert error is None
+    torch.testing.assert_close(out, want)
+
+
+def test_accumulators_read_before_the_wait_are_nan(product):
+    assert product(READ_EARLY)[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (NOT_THERE, "changed while the product was under way"),
+        (OVERWRITTEN, "changed while the product was under way"),
+        (TOO_MANY_BYTES, "wait for each other for ever"),
+        (TOO_MANY_ARRIVALS, "more threads arrive"),
+        (NO_INIT, "was not initialised"),
+        (UNEVEN_TURN, "half full"),
+    ],
+)
+def test_a_fault_is_named(product, fault, message):
+    error = product(fault)[2]
+    assert error is not None and message in error
+
+
+def test_the_swizzle_puts_eight_rows_in_eight_groups_of_banks(library):
+    for chunk in range(8):
+        assert {library.run_swizzled(row * 128 + chunk * 16) % 128 for row in range(8)} == set(range(0, 128, 16))
+
+
+def test_descriptors_hold_address_offsets_and_swizzle(library):
+    # Columns 80 .. 95 of a tile of 192 rows: in the second panel, the second step of 32 bytes.
+    word = library.run_rows_descriptor(0x8400, 192, 5)
+    assert (word & 0x3FFF) * 16 == 0x8400 + 192 * 128 + 32
+    assert (word >> 32 & 0x3FFF) * 16 == 1024 and word >> 62 == 1
+    # Rows 48 .. 63 of a tile of 128 rows, all columns: panels lie 128 rows apart.
+    word = library.run_columns_descriptor(0x8400, 128, 3)
+    assert (word & 0x3FFF) * 16 == 0x8400 + 48 * 128
+    assert (word >> 16 & 0x3FFF) * 16 == 128 * 128 and (word >> 32 & 0x3FFF) * 16 == 1024 and word >> 62 == 1
+
+
+@pytest.mark.parametrize(("tiles", "blocks"), [(1, 1), (5, 3), (132, 132), (1000, 132), (7, 4)])
+def test_every_tile_is_taken_once(library, tiles, blocks):
+    taken = []
+    for block in range(blocks):
+        round_ = 0
+        while (tile := library.run_tile_of_round(round_, block, blocks)) < tiles:
+            taken.append(tile)
+            round_ += 1
+    assert sorted(taken) == list(range(tiles))
+
+
+def test_to_and_fro_balances_the_blocks(library):
+    # 12 heads of 86 tiles, tile i of which sees i + 1 blocks, on 132 blocks.
+    heads, rows, blocks = 12 * 8, 86, 132
+    loads = []
+    for block in range(blocks):
+        load, round_ = 0, 0
+        while (tile := library.run_tile_of_round(round_, block, blocks)) < heads * rows:
+            load += rows - tile // heads
+            round_ += 1
+        loads.append(load)
+    assert max(loads) <= 1.02 * sum(loads) / blocks
+
+
+def test_blocks_of_keys_are_split_where_the_diagonal_begins_and_ends(library):
+    out = (ctypes.c_int * 2)()
+    for q_len, k_len in [(1, 1), (200, 200), (65, 300), (128, 128)]:
+        for first in range(0, 256, 64):
+            library.run_key_blocks(out, first, 64, 128, q_len, k_len)
+            rows = range(first, min(first + 64, q_len))
+            seen = [row + k_len - q_len + 1 for row in rows]
+            assert out[1] == (-(-max(seen) // 128) if seen else 0)
+            assert out[0] == (min(seen) // 128 if seen else 0)
+
+
+def test_a_ring_flips_its_phase_each_time_round(library):
+    out = (ctypes.c_int * 2)()
+    for uses in range(10):
+        library.run_pipeline(out, uses)
+        assert tuple(out) == (uses % 3, uses // 3 % 2)
