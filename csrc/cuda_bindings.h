@@ -12,6 +12,7 @@ namespace fastgpt {
 
 void bind_cuda_decoder(pybind11::module_& module);
 void bind_cuda_rows(pybind11::module_& module);
+void bind_cuda_cross_entropy(pybind11::module_& module);
 
 // A launch error as an exception that names the op.
 inline void check_launch(int error, const char* what) {

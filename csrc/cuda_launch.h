@@ -59,5 +59,16 @@ struct DecodeCall {
 int decode_attention(void* out, float* partial, HeadsRef q, HeadsRef k, HeadsRef v, const int64_t* lengths,
                      const DecodeCall& call);
 
+struct CrossEntropyCall {
+  int64_t rows, padded, vocab_size, ignore_index;
+  bool gradient;  // written over the logits
+  DType dtype;
+  void* stream;
+};
+
+// logits: (rows, padded), aligned to 16 bytes, padded a multiple of 8; count: one number on the device.
+int cross_entropy(float* losses, void* logits, const int64_t* targets, const int64_t* count,
+                  const CrossEntropyCall& call);
+
 }  // namespace cuda
 }  // namespace fastgpt

@@ -206,4 +206,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("decode_attention", &fastgpt::decode_attention);
   fastgpt::bind_cuda_decoder(module);
   fastgpt::bind_cuda_rows(module);
+  fastgpt::bind_cuda_cross_entropy(module);
 }

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgpt.ops import dispatch, registration
 
-BACKENDS = ("triton", "cpu", "torch", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
 
 
 class Case(NamedTuple):

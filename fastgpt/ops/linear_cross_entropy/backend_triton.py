@@ -8,6 +8,7 @@ for GPT-2 124M in 16 bits), and the gradient is the first rows of such a buffer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,8 +41,22 @@ def forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the mean loss (float32), dx (like x) and dweight (like weight), or None for what is not needed."""
+    with triton_support.device_of(x):
+        return in_chunks(x, weight, targets, ignore_index, needs_dx, needs_dweight, cross_entropy)
+
+
+def in_chunks(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    needs_dx: bool,
+    needs_dweight: bool,
+    cross_entropy: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, bool], None],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`forward`, with what runs between the products, as `cross_entropy` below."""
     # Inside an autocast region the products would come back in another dtype than the buffers have.
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), triton_support.device_of(x):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x, targets = as_rows(x), targets.contiguous()
         vocab_size, rows = weight.shape[0], x.shape[0]
         count = (targets != ignore_index).sum()
