@@ -104,7 +104,9 @@ def test_python_runs_while_a_kernel_does():
 
 
 INTERRUPT = """
-import sys, torch, fastgpt
+import signal, torch, fastgpt
+# A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cfg = dict(vocab_size=211, context_length=1024, emb_dim=256, n_heads=4, n_layers=4, drop_rate=0.0, qkv_bias=False)
 model = fastgpt.GPTModel(cfg).eval()
 generator = fastgpt.Generator(model)
