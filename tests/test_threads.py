@@ -129,7 +129,10 @@ def test_ctrl_c_ends_generation_between_tokens_and_the_generator_goes_on():
     time.sleep(0.2)
     started = time.perf_counter()
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
+    try:
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert rest == "interrupted\n" and process.returncode == 0
     assert time.perf_counter() - started < 20
 
