@@ -13,7 +13,7 @@ NONE, NOT_THERE, OVERWRITTEN, READ_EARLY, TOO_MANY_BYTES, TOO_MANY_ARRIVALS, NO_
 
 @pytest.fixture(scope="module")
 def library():
-    library = ctypes.CDLL(str(compiled([HOST / "hopper_faults.cu"])))
+    library = ctypes.CDLL(str(compiled([HOST / "hopper_faults.cu", HOST / "controls.cpp"])))
     library.run_product.restype = ctypes.c_char_p
     library.run_rows_descriptor.restype = library.run_columns_descriptor.restype = ctypes.c_uint64
     library.run_tile_of_round.restype = library.run_swizzled.restype = ctypes.c_uint32
@@ -22,7 +22,8 @@ def library():
 
 @pytest.fixture
 def product(library):
-    def run(fault):
+    def run(fault, seed=0):
+        library.fastgpt_emulator_seed(ctypes.c_uint64(seed))
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(n, 64, generator=generator).half() for n in (64, 128))
         out = torch.zeros(64, 128)
@@ -33,9 +34,10 @@ def product(library):
 
 
 def test_a_correct_product_is_the_product(product):
-    out, want, error = product(NONE)
-    assert error is None
-    torch.testing.assert_close(out, want)
+    for seed in range(8):
+        out, want, error = product(NONE, seed)
+        assert error is None
+        torch.testing.assert_close(out, want)
 
 
 def test_accumulators_read_before_the_wait_are_nan(product):
@@ -54,8 +56,9 @@ def test_accumulators_read_before_the_wait_are_nan(product):
     ],
 )
 def test_a_fault_is_named(product, fault, message):
-    error = product(fault)[2]
-    assert error is not None and message in error
+    # In some orders a copy has ended by chance before it is read.
+    errors = [product(fault, seed)[2] for seed in range(8)]
+    assert any(error is not None and message in error for error in errors)
 
 
 def test_the_swizzle_puts_eight_rows_in_eight_groups_of_banks(library):
