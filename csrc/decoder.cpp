@@ -25,6 +25,7 @@ namespace {
 
 constexpr const char* kWhat = "Decoder";
 constexpr int64_t kNormsPerLayer = 2, kMatricesPerLayer = 6;
+constexpr int64_t kCacheAlignment[] = {4, 2, 1};  // of each CacheFormat
 
 // The OpenMP runtime's threads do not survive a fork, and a region in the child would wait for them for ever.
 bool forked = false;
@@ -72,6 +73,11 @@ void pack(Address data, Address scales, Address weight, int64_t n_out, int64_t n
                                 usable_threads(num_threads)};
   pybind11::gil_scoped_release release;
   kernels().decoder_pack(args);
+}
+
+CacheFormat to_cache_format(int code) {
+  require(code >= 0 && code <= 2, "Decoder: unknown cache format " + std::to_string(code));
+  return static_cast<CacheFormat>(code);
 }
 
 struct Entries {
@@ -156,11 +162,11 @@ class Decoder {
 
   // One step, see DecoderStepArgs. entries: (3, count) int64: tokens, rows, positions. wanted: (n_wanted) int64.
   // top_k: 0 for all logits; else those that are not among the top_k largest may be -inf.
-  void step(Address cache, int cache_dtype, int64_t batch, int64_t capacity, Address entries, int64_t count,
+  void step(Address cache, int cache_format, int64_t batch, int64_t capacity, Address entries, int64_t count,
             Address wanted, int64_t n_wanted, Address logits, Address best, int num_threads, int64_t top_k) {
     const std::unique_lock<std::mutex> lock = claim();
     check_complete();
-    DecoderStepArgs args = cache_args(cache, cache_dtype, batch, capacity, num_threads);
+    DecoderStepArgs args = cache_args(cache, cache_format, batch, capacity, num_threads);
     read_entries(entries, count);
     check_entries(batch, capacity, 1);
     require(n_wanted >= 0 && n_wanted <= count, "Decoder.step: n_wanted must be from 0 to the number of entries");
@@ -180,12 +186,12 @@ class Decoder {
   // The next tokens, one row an entry, for up to `steps` steps, into out (steps, count): the likeliest where
   // inverse_temperature is 0, else drawn, see DrawOptions. A row that gives eos_id ends: it is left out from then on,
   // and its places hold eos_id. Returns the number of steps, fewer when all rows have ended.
-  int64_t generate(Address cache, int cache_dtype, int64_t batch, int64_t capacity, Address entries, int64_t count,
+  int64_t generate(Address cache, int cache_format, int64_t batch, int64_t capacity, Address entries, int64_t count,
                    int64_t steps, int64_t eos_id, Address out, int num_threads, float inverse_temperature,
                    int64_t top_k, uint64_t seed, int64_t drawn) {
     const std::unique_lock<std::mutex> lock = claim();
     check_complete();
-    DecoderStepArgs args = cache_args(cache, cache_dtype, batch, capacity, num_threads);
+    DecoderStepArgs args = cache_args(cache, cache_format, batch, capacity, num_threads);
     read_entries(entries, count);
     require(steps >= 0, "Decoder.generate: steps must be 0 or more");
     require(model_.head.n_out <= vocab_size_, "Decoder.generate: the head gives more tokens than can be read");
@@ -227,13 +233,13 @@ class Decoder {
     require(complete, "Decoder: set_embeddings, set_norm and set_matrix must be called for all weights first");
   }
 
-  DecoderStepArgs cache_args(Address cache, int cache_dtype, int64_t batch, int64_t capacity, int num_threads) const {
-    check_sizes({model_.n_layers, 2, batch, model_.n_heads, capacity, model_.head_dim}, kWhat);
-    const int64_t size = model_.n_layers * 2 * batch * model_.n_heads * capacity * model_.head_dim;
+  DecoderStepArgs cache_args(Address cache, int cache_format, int64_t batch, int64_t capacity, int num_threads) const {
+    check_sizes({model_.n_layers, 2, batch, model_.n_heads, capacity, model_.head_dim + kCacheScaleBytes}, kWhat);
     DecoderStepArgs args{};
     args.model = &model_;
-    args.cache_dtype = to_dtype(cache_dtype, kWhat);
-    args.cache = pointer(cache, size, dtype_size(args.cache_dtype), kWhat);
+    args.cache_format = to_cache_format(cache_format);
+    const int64_t alignment = kCacheAlignment[cache_format];
+    args.cache = pointer(cache, batch * capacity, alignment, kWhat);
     args.batch = batch, args.capacity = capacity;
     args.num_threads = usable_threads(num_threads);
     return args;
@@ -362,7 +368,7 @@ void bind_decoder(pybind11::module_& module) {
       .def("set_matrix", &Decoder::set_matrix)
       .def("set_screen", &Decoder::set_screen)
       .def("screen_counts", &Decoder::screen_counts)
-      .def("step", &Decoder::step, py::arg("cache"), py::arg("cache_dtype"), py::arg("batch"), py::arg("capacity"),
+      .def("step", &Decoder::step, py::arg("cache"), py::arg("cache_format"), py::arg("batch"), py::arg("capacity"),
            py::arg("entries"), py::arg("count"), py::arg("wanted"), py::arg("n_wanted"), py::arg("logits"),
            py::arg("best"), py::arg("num_threads"), py::arg("top_k") = 0)
       .def("generate", &Decoder::generate);

@@ -110,14 +110,18 @@ def test_generate_streams_the_prompt_and_its_continuation(trained, capsys):
     assert first.startswith("The tide") and len(first) > len("The tide\n")
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4"])
-def test_generate_takes_the_dtype_of_the_weights(trained, capsys, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(None, None), ("bfloat16", None), ("int8", "float32"), ("int4", None), (None, "int8")]
+)
+def test_generate_takes_the_dtypes_of_weights_and_cache(trained, capsys, dtype, kept):
     args = ["generate", "--model", str(trained), "--prompt", "The tide", "--tokens", "9", "--temperature", "0"]
-    assert cli.main([*args, *(["--dtype", dtype] if dtype else [])]) == 0
+    options = [*(["--dtype", dtype] if dtype else []), *(["--cache-dtype", kept] if kept else [])]
+    assert cli.main([*args, *options]) == 0
     model, tokenizer = open_model(trained)
-    precision = {None: None, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     prompt = torch.tensor([tokenizer.encode("The tide")])
-    ids = Generator(model, dtype=precision).generate(prompt, 9, eos_id=tokenizer.eot_token)
+    generator = Generator(model, dtypes.get(dtype, dtype), cache_dtype=dtypes.get(kept, kept))
+    ids = generator.generate(prompt, 9, eos_id=tokenizer.eot_token)
     assert capsys.readouterr().out == tokenizer.decode(ids[0].tolist()) + "\n"
 
 

@@ -316,7 +316,7 @@ def test_a_cache_of_impossible_size_is_refused():
     decoder = decoder_of(small_model())
     entries = torch.zeros(3, 1, dtype=torch.int64)
     for cache, dtype, batch, capacity in (
-        (0, 0, 1, 4), (64, 0, 2**62, 4), (64, 0, 1, 2**62), (64, 0, -1, 4), (66, 0, 1, 4), (65, 1, 1, 4), (64, 2, 1, 4),
+        (0, 0, 1, 4), (64, 0, 2**62, 4), (64, 0, 1, 2**62), (64, 0, -1, 4), (66, 0, 1, 4), (65, 1, 1, 4), (64, 3, 1, 4),
     ):  # fmt: skip
         with pytest.raises(ValueError):
             decoder.weights.decoder.step(cache, dtype, batch, capacity, entries.data_ptr(), 1, 0, 0, 0, 0, 1)

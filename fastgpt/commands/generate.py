@@ -17,6 +17,7 @@ examples:
   echo "Once upon a time" | fastgpt generate --model runs/story --prompt -
 """
 DTYPES = ("float32", "bfloat16", "int8", "int4")
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the weights: float32 (default) is exact; the others round them once, and are read faster",
     )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="of keys and values: int8 reads long contexts faster, in little more than a quarter of the memory of "
+        "float32 (default: float32, or bfloat16 beside other weights)",
+    )
 
 
 def make_generator(model: Any, args: argparse.Namespace) -> Any:
@@ -50,7 +57,8 @@ def make_generator(model: Any, args: argparse.Namespace) -> Any:
     from fastgpt.generation import Generator
 
     dtype = {"float32": None, "bfloat16": torch.bfloat16}.get(args.dtype, args.dtype)
-    return Generator(model.to(torch.device(args.device)), dtype=dtype)
+    kept = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(args.cache_dtype, args.cache_dtype)
+    return Generator(model.to(torch.device(args.device)), dtype=dtype, cache_dtype=kept)
 
 
 def open_model(path: Path) -> tuple[Any, Any]:

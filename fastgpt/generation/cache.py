@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class CacheFormat(NamedTuple):
+    """How the native decoder keeps the keys and values of a token: its code, the dtype of the buffer, and how many more
+    of its numbers a row of head_dim has.
+    """
+
+    code: int
+    dtype: torch.dtype
+    more: int
+
+
+# "int8": the row's largest magnitude becomes 127, and the float32 behind its numbers is what they are multiplied by.
+CACHE_FORMATS: dict[torch.dtype | str, CacheFormat] = {
+    torch.float32: CacheFormat(0, torch.float32, 0),
+    torch.bfloat16: CacheFormat(1, torch.bfloat16, 0),
+    "int8": CacheFormat(2, torch.int8, 4),
+}
 
 
 class Cache:

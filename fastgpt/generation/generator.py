@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt.generation.cache import CACHE_FORMATS
 from fastgpt.generation.engine import Engine, PlainEngine, eval_mode, prefill
 from fastgpt.generation.fast_head import HeadCopy
 from fastgpt.generation.graph_engine import Decoders, graph_engine
@@ -54,9 +55,14 @@ class Generator:
         engine: None takes the fastest that is proven. "graph" is the decoder for GPUs, one CUDA graph a token, for
             float32 and bfloat16 models; "persistent" makes many tokens of a single row in one launch, and takes several
             rows as "graph" does. No GPU has run them yet. Without a seed they draw others than torch.multinomial.
+        cache_dtype: how keys and values are kept. None keeps them in the dtype of the weights, and in bfloat16 beside
+            packed copies. torch.float32, torch.bfloat16 and "int8" (8 bits, with a float32 scale for the keys and one
+            for the values of each token and head) are for the native decoder alone. They are rounded once, when they
+            are written, and every token, of the prompt too, sees what was kept. "int8" takes little more than a quarter
+            of the memory of float32, and long contexts of many rows are read faster.
 
     Raises:
-        TypeError, ValueError: the model is not callable, or the dtype or the engine is not available.
+        TypeError, ValueError: the model is not callable, or the dtype, the engine or the cache_dtype is not available.
     """
 
     def __init__(
@@ -66,16 +72,19 @@ class Generator:
         *,
         shortcuts: bool = True,
         engine: str | None = None,
+        cache_dtype: torch.dtype | str | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"A Generator needs a model, something to call with token ids; got {type(model).__name__}.")
         _check_dtype(dtype)
         if engine is not None and engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; use None or one of: {', '.join(ENGINES)}.")
+        _check_cache_dtype(cache_dtype, engine)
         self.model = model
         self.engine = engine
         self._decoders = Decoders(make_decoder) if engine == "persistent" else Decoders()
         self.dtype = dtype
+        self.cache_dtype = cache_dtype
         self._copies = Copies(dtype) if isinstance(dtype, torch.dtype) else None
         self._packs = Packs(dtype) if dtype in PRECISIONS else None
         self._head_copy = HeadCopy() if shortcuts else None
@@ -84,7 +93,8 @@ class Generator:
         self._logged: str | None = None
 
     def __repr__(self) -> str:
-        return f"Generator({type(self.model).__name__}, dtype={self.dtype})"
+        kept = "" if self.cache_dtype is None else f", cache_dtype={self.cache_dtype}"
+        return f"Generator({type(self.model).__name__}, dtype={self.dtype}{kept})"
 
     @property
     def why_plain(self) -> str | None:
@@ -217,17 +227,26 @@ class Generator:
             return graph_engine(converted, limit, overflow, budget, [], self._decoders, self.engine)
         if self._packs is not None:
             try:
-                return native_engine(network, self._packs, limit, overflow, budget)
+                return native_engine(network, self._packs, limit, overflow, budget, self.cache_dtype)
             except NotNative as reason:
-                if self._copies is None:
-                    raise ValueError(
-                        f"Generator(dtype={self.dtype!r}) needs the native decoder, which cannot run here: {reason}. "
-                        "dtype=None uses the model's own weights."
-                    ) from None
+                if self._copies is None or self.cache_dtype is not None:
+                    raise self._refusal(reason) from None
         if self._copies is not None:
             network = read_network(self.model, self._copies)
+        if self.cache_dtype is not None:
+            try:
+                return native_engine(network, None, limit, overflow, budget, self.cache_dtype)
+            except NotNative as reason:
+                raise self._refusal(reason) from None
         modules = [module for part in network.opaque for module in part.modules()]
         return make_engine(network, limit, overflow, budget, modules)
+
+    def _refusal(self, reason: NotNative) -> ValueError:
+        asked, instead = f"dtype={self.dtype!r}", "dtype=None uses the model's own weights"
+        if self.cache_dtype is not None:
+            asked = f"cache_dtype={self.cache_dtype!r}"
+            instead = "cache_dtype=None keeps keys and values in the dtype of the weights"
+        return ValueError(f"Generator({asked}) needs the native decoder, which cannot run here: {reason}. {instead}.")
 
     def _network(self) -> Network | str:
         """The model as a network on its own weights, or why it is none."""
@@ -240,6 +259,11 @@ class Generator:
                 raise ValueError(
                     f"Generator(dtype={self.dtype}) converts the weights of the book's GPT, but this model is another: "
                     f"{reason}. Convert the model itself, with .to(), and leave dtype out."
+                ) from None
+            if self.cache_dtype is not None:
+                raise ValueError(
+                    f"Generator(cache_dtype={self.cache_dtype}) keeps keys and values of the book's GPT, but this "
+                    f"model is another: {reason}. Without cache_dtype it runs without a cache."
                 ) from None
             if str(reason) != self._logged:
                 self._logged = str(reason)
@@ -326,6 +350,21 @@ def _check_count(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a whole number; got {value!r}.")
     if value < 0:
         raise ValueError(f"{name} must be 0 or more; got {value}.")
+
+
+def _check_cache_dtype(cache_dtype: object, engine: str | None) -> None:
+    if cache_dtype is None:
+        return
+    if cache_dtype not in tuple(CACHE_FORMATS):
+        raise ValueError(
+            "cache_dtype must be None (that of the weights), torch.float32, torch.bfloat16 or "
+            f'"int8"; got {cache_dtype!r}.'
+        )
+    if engine is not None:
+        raise ValueError(
+            f"engine={engine!r} keeps keys and values in the dtype of the weights; leave cache_dtype={cache_dtype!r} "
+            "out."
+        )
 
 
 def _check_dtype(dtype: object) -> None:

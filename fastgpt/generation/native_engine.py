@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.generation.cache import Cache
+from fastgpt.generation.cache import CACHE_FORMATS, Cache
 from fastgpt.generation.draws import unsigned
 from fastgpt.generation.engine import CachedEngine
 from fastgpt.generation.fast_head import MOST_TOP, HeadCopy
@@ -47,18 +47,23 @@ class NativeDecoder:
         weights: what to run.
         batch: rows of the cache.
         limit: the longest row, at most the context.
+        cache_dtype: how keys and values are kept, a key of CACHE_FORMATS; None for float32 with float32 weights, and
+            bfloat16 with packed ones.
     """
 
-    def __init__(self, weights: NativeWeights, batch: int, limit: int) -> None:
+    def __init__(
+        self, weights: NativeWeights, batch: int, limit: int, cache_dtype: torch.dtype | str | None = None
+    ) -> None:
         network = weights.network
         self.weights = weights
         self.batch = batch
         self.limit = limit
         # Packed weights read half the keys and values too; float32 weights keep all of them.
-        dtype = torch.float32 if weights.packs is None else torch.bfloat16
+        usual = torch.float32 if weights.packs is None else torch.bfloat16
+        self._format = CACHE_FORMATS[usual if cache_dtype is None else cache_dtype]
         self.cache = Cache(
-            len(network.blocks), batch, network.n_heads, network.head_dim, limit,
-            like=torch.empty(0, dtype=dtype, device="cpu"),
+            len(network.blocks), batch, network.n_heads, network.head_dim + self._format.more, limit,
+            like=torch.empty(0, dtype=self._format.dtype, device="cpu"),
         )  # fmt: skip
 
     def step(
@@ -144,8 +149,7 @@ class NativeDecoder:
         return out[:done].t()
 
     def _cache_place(self) -> tuple[int, int]:
-        buffer = self.cache.buffer
-        return buffer.data_ptr(), extension.DTYPE_CODES[buffer.dtype]
+        return self.cache.buffer.data_ptr(), self._format.code
 
     def threads(self) -> int:
         """Threads for one step."""
@@ -156,10 +160,12 @@ class NativeDecoder:
 class NativeEngine(CachedEngine):
     """`CachedEngine` whose tokens the native decoder reads.
 
-    Prompts are read by PyTorch, into the same cache; with packed weights by the decoder, in pieces of PROMPT_ENTRIES.
+    Prompts are read by PyTorch, into the same cache; with packed weights or a rounded cache by the decoder, in pieces
+    of PROMPT_ENTRIES, so that every token sees keys and values as the cache holds them.
 
     Args:
         weights: of the network that the other arguments are for, see `CachedEngine`.
+        cache_dtype: see `NativeDecoder`.
     """
 
     def __init__(
@@ -169,9 +175,11 @@ class NativeEngine(CachedEngine):
         overflow: str,
         budget: int,
         modules: Sequence[nn.Module] = (),
+        cache_dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__(weights.network, limit, overflow, budget, modules)
         self.weights = weights
+        self.cache_dtype = cache_dtype
         self._decoder: NativeDecoder | None = None
         self._seconds_a_step: float | None = None
         self._head_copy: HeadCopy | None = None
@@ -223,7 +231,7 @@ class NativeEngine(CachedEngine):
         return self._read(left, torch.zeros_like(left), torch.arange(shared, len(ids), device="cpu"), last)
 
     def _new_cache(self, batch: int) -> Cache:
-        self._decoder = NativeDecoder(self.weights, batch, self.limit)
+        self._decoder = NativeDecoder(self.weights, batch, self.limit, self.cache_dtype)
         weight = self.weights.screenable_head()
         if self._head_copy is not None and weight is not None:
             self._kept_copy = self._head_copy.attach(self.weights.decoder, weight)
@@ -236,7 +244,7 @@ class NativeEngine(CachedEngine):
             logits = self._read_rest(prefixes, rows.ids[0, : rows.longest])
             if logits is not None:
                 return logits
-        if self.weights.packs is None:
+        if self.weights.packs is None and self.cache_dtype in (None, torch.float32):
             return super()._prefill(rows, sizes)
         ids = rows.from_positions(self.starts)
         if self._decoder is None:
@@ -358,12 +366,19 @@ def make_engine(
         return CachedEngine(network, limit, overflow, budget, modules)
 
 
-def native_engine(network: Network, packs: Packs | None, limit: int, overflow: str, budget: int) -> NativeEngine:
-    """The native engine on the network's weights, or on packed copies of them.
+def native_engine(
+    network: Network,
+    packs: Packs | None,
+    limit: int,
+    overflow: str,
+    budget: int,
+    cache_dtype: torch.dtype | str | None = None,
+) -> NativeEngine:
+    """The native engine on the network's weights, or on packed copies of them; see `NativeDecoder` for `cache_dtype`.
 
     Raises:
         NotNative: it cannot run this network, or another backend is asked for.
     """
     if dispatch.requested() not in ("auto", "cpu"):
         raise NotNative(f"the backend {dispatch.requested()} is asked for")
-    return NativeEngine(NativeWeights(network, packs), limit, overflow, budget)
+    return NativeEngine(NativeWeights(network, packs), limit, overflow, budget, cache_dtype=cache_dtype)

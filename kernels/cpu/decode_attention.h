@@ -18,6 +18,8 @@
 // Papers: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "Flash-Decoding", 2023.
 #pragma once
 
+#include <type_traits>
+
 #include "parallel.h"
 #include "simd.h"
 #include "table.h"
@@ -90,6 +92,17 @@ FASTGPT_INLINE void add_values(float* acc, float rescale, const float* p, const 
   for (int n = 0; n < N; ++n) store_lanes(acc + n * kLanes, sum[n], lanes);
 }
 
+// x[j] *= the scale of row j, which stands behind its numbers where these are of 8 bits.
+template <class T>
+FASTGPT_INLINE void apply_scales(float* x, const T* rows, int64_t count, int64_t stride, int64_t head_dim) {
+  if constexpr (std::is_same_v<T, int8_t>)
+    for (int64_t j = 0; j < count; ++j) {
+      float scale;
+      memcpy(&scale, rows + j * stride + head_dim, sizeof scale);
+      x[j] *= scale;
+    }
+}
+
 // Takes one block of keys into the state.
 template <class T>
 static void decode_block(const DecodeAttentionArgs& a, DecodeState& state, const float* q, const T* k, const T* v,
@@ -100,6 +113,7 @@ static void decode_block(const DecodeAttentionArgs& a, DecodeState& state, const
   for_panels(a.head_dim, [&](auto panel, int64_t d, auto lanes) {
     add_scores<decltype(panel)::kVectors>(scores, q + d, k + d, keys, a.k_strides[2], lanes);
   });
+  apply_scales(scores, k, keys, a.k_strides[2], a.head_dim);
   VecF largest = splat(state.m);
   for (int64_t i = 0; i < kDecodeBlock; i += kLanes) largest = max(largest, load(scores + i));
   const float largest_now = reduce_max(largest), m = exponent_base(largest_now);
@@ -112,6 +126,7 @@ static void decode_block(const DecodeAttentionArgs& a, DecodeState& state, const
   }
   state.l = state.l * rescale + reduce_add(sum);
   state.m = largest_now;
+  apply_scales(p, v, keys, a.v_strides[2], a.head_dim);
   for_panels(a.head_dim, [&](auto panel, int64_t d, auto lanes) {
     add_values<decltype(panel)::kVectors>(state.acc + d, rescale, p, v + d, keys, a.v_strides[2], lanes);
   });

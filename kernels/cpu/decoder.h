@@ -183,19 +183,27 @@ struct DecoderThread {
     multiply(buffers.k, layer.key, inputs, begin, end);
     multiply(buffers.v, layer.value, inputs, begin, end);
     if (!even) team.wait();
-    if (a.cache_dtype == DType::kFloat32) {
-      write_cache<float>(number, first, last);
-      attend_heads<float>(number, first, last);
-    } else {
-      write_cache<Bf16>(number, first, last);
-      attend_heads<Bf16>(number, first, last);
-    }
+    if (a.cache_format == CacheFormat::kFloat32) attend_cache<float>(number, first, last);
+    if (a.cache_format == CacheFormat::kBFloat16) attend_cache<Bf16>(number, first, last);
+    if (a.cache_format == CacheFormat::kInt8) attend_cache<int8_t>(number, first, last);
+  }
+
+  template <class T>
+  void attend_cache(int64_t layer, int64_t first, int64_t last) const {
+    write_cache<T>(layer, first, last);
+    attend_heads<T>(layer, first, last);
+  }
+
+  // From one token's keys to the next one's.
+  template <class T>
+  int64_t cache_stride() const {
+    return model.head_dim + (std::is_same_v<T, int8_t> ? kCacheScaleBytes : 0);
   }
 
   // Keys (which = 0) or values (1) of a layer.
   template <class T>
   T* cached(int64_t layer, int64_t which) const {
-    return static_cast<T*>(a.cache) + (layer * 2 + which) * a.batch * model.n_heads * a.capacity * model.head_dim;
+    return static_cast<T*>(a.cache) + (layer * 2 + which) * a.batch * model.n_heads * a.capacity * cache_stride<T>();
   }
 
   template <class T>
@@ -204,12 +212,20 @@ struct DecoderThread {
     for (int64_t m = 0; m < a.count; ++m)
       for (int64_t head = first; head < last; ++head) {
         const int64_t from = m * heads_width() + head * model.head_dim;
-        const int64_t to = ((a.rows[m] * model.n_heads + head) * a.capacity + a.positions[m]) * model.head_dim;
-        for_lanes(model.head_dim, [&](int64_t i, int64_t c) {
-          store_lanes(keys + to + i, load_lanes(buffers.k + from + i, c), c);
-          store_lanes(values + to + i, load_lanes(buffers.v + from + i, c), c);
-        });
+        const int64_t to = ((a.rows[m] * model.n_heads + head) * a.capacity + a.positions[m]) * cache_stride<T>();
+        write_cached(keys + to, buffers.k + from);
+        write_cached(values + to, buffers.v + from);
       }
+  }
+
+  template <class T>
+  void write_cached(T* to, const float* from) const {
+    if constexpr (std::is_same_v<T, int8_t>) {
+      const float scale = quantise(to, from, model.head_dim);
+      memcpy(to + model.head_dim, &scale, sizeof scale);
+    } else {
+      for_lanes(model.head_dim, [&](int64_t i, int64_t c) { store_lanes(to + i, load_lanes(from + i, c), c); });
+    }
   }
 
   template <class T>
@@ -220,9 +236,9 @@ struct DecoderThread {
     args.head_dim = model.head_dim;
     args.n_heads = model.n_heads;
     args.q_strides[1] = model.head_dim;
-    args.k_strides[0] = args.v_strides[0] = model.n_heads * a.capacity * model.head_dim;
-    args.k_strides[1] = args.v_strides[1] = a.capacity * model.head_dim;
-    args.k_strides[2] = args.v_strides[2] = model.head_dim;
+    args.k_strides[0] = args.v_strides[0] = model.n_heads * a.capacity * cache_stride<T>();
+    args.k_strides[1] = args.v_strides[1] = a.capacity * cache_stride<T>();
+    args.k_strides[2] = args.v_strides[2] = cache_stride<T>();
     args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(model.head_dim));
     DecodeState state;
     // Head by head: of entries of one row, all but the first find its keys and values in cache.

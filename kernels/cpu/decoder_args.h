@@ -10,6 +10,11 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 // How a weight matrix lies in memory: as PyTorch has it, or packed in tiles (decoder_tiles.h).
 enum class WeightFormat : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
+// How the keys and values of one token and head lie in the cache: head_dim numbers, of int8 followed by the float32
+// that they are multiplied by, unaligned.
+enum class CacheFormat : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+constexpr int64_t kCacheScaleBytes = 4;
+
 // Output rows of one tile, and the inputs that share a scale.
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kScaleGroup = 32;
@@ -86,8 +91,8 @@ struct ScreenRowsArgs {
 // other.
 struct DecoderStepArgs {
   const DecoderModel* model;
-  void* cache;  // (n_layers, 2, batch, n_heads, capacity, head_dim): keys, values
-  DType cache_dtype;
+  void* cache;  // (n_layers, 2, batch, n_heads, capacity, head_dim or head_dim + 4 bytes): keys, values
+  CacheFormat cache_format;
   int64_t batch, capacity;
   const int64_t *tokens, *rows, *positions;  // (count)
   int64_t count;

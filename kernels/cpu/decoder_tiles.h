@@ -89,25 +89,11 @@ static void pack_inputs(const PackedInputs& to, WeightFormat format, const float
       memcpy(to.numbers + line * kScaleGroup, from, sizeof padded);
       continue;
     }
-    VecF largest = {}, not_finite = {};
-    for (int64_t i = 0; i < kScaleGroup; i += kLanes) {
-      const VecF number = load(from + i);
-      largest = max(largest, max(number, -number));
-      not_finite += number * 0.0f;
-    }
-    // An input that is NaN or infinite makes the scale NaN, and with it the output.
-    const float scale = reduce_max(largest) / 127.0f + reduce_add(not_finite);
-    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    for (int64_t i = 0; i < kScaleGroup; i += kLanes) {
-      const VecI q = to_int(min(max(load(from + i) * inverse, splat(-127.0f)), splat(127.0f)));
-      typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-      const Bytes bytes = __builtin_convertvector(q, Bytes);
-      memcpy(to.bytes + line * kScaleGroup + i, &bytes, sizeof bytes);
-    }
+    // A scale that is NaN makes the output NaN.
+    to.scales[line] = quantise(to.bytes + line * kScaleGroup, from, kScaleGroup);
     int32_t total = 0;
     // Of the bytes: what a NaN became before it was narrowed may be too large to be added up.
     for (int64_t i = 0; i < kScaleGroup; ++i) total += to.bytes[line * kScaleGroup + i];
-    to.scales[line] = scale;
     to.sums[line] = total;
   }
 }

@@ -49,6 +49,7 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecU16 __attribute__((vector_size(kLanes * 2)));
+typedef int8_t VecI8 __attribute__((vector_size(kLanes)));
 
 FASTGPT_INLINE VecF splat(float x) { return x - VecF{}; }
 FASTGPT_INLINE VecU bits_of(VecF x) { return (VecU)x; }
@@ -101,6 +102,20 @@ FASTGPT_INLINE VecF load(const Bf16* p) {
   const VecU wide = __builtin_convertvector(half, VecU);
 #endif
   return float_of(wide << 16);
+}
+
+FASTGPT_INLINE VecF load(const int8_t* p) {
+#if defined(__AVX512F__) && !defined(FASTGPT_LANES)
+  __m128i bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return (VecF)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+#elif defined(__AVX2__) && !defined(FASTGPT_LANES)
+  return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  VecI8 bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, VecF);
+#endif
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.

@@ -53,6 +53,25 @@ FASTGPT_INLINE VecI to_int(VecF x) {
   return (VecI)bits_of(x + round_to_int) - (VecI)bits_of(splat(round_to_int));
 }
 
+// n numbers as whole ones from -127 to 127 times a scale, which is returned: the largest magnitude / 127. A number that
+// is NaN or infinite makes the scale NaN.
+FASTGPT_INLINE float quantise(int8_t* to, const float* from, int64_t n) {
+  VecF largest = {}, not_finite = {};
+  for_lanes(n, [&](int64_t i, int64_t count) {
+    const VecF number = load_lanes(from + i, count);
+    largest = max(largest, max(number, -number));
+    not_finite += number * 0.0f;
+  });
+  const float scale = reduce_max(largest) / 127.0f + reduce_add(not_finite);
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for_lanes(n, [&](int64_t i, int64_t count) {
+    const VecI q = to_int(min(max(load_lanes(from + i, count) * inverse, splat(-127.0f)), splat(127.0f)));
+    const VecI8 bytes = __builtin_convertvector(q, VecI8);
+    memcpy(to + i, &bytes, count);
+  });
+  return scale;
+}
+
 // Adds the four products of a lane, byte by byte: for instruction sets without a better way.
 FASTGPT_INLINE VecI add_products(VecI sum, VecB w, VecB x) {
   const VecI a = (VecI)w, b = (VecI)x;

@@ -92,10 +92,10 @@ void step(const DecoderStepArgs& a, bool plant) {
 
 // One decoder: a cache, a workspace, and what it has read.
 struct Run {
-  Run(const Weights& weights, int64_t batch, DType cache_dtype, int threads)
+  Run(const Weights& weights, int64_t batch, CacheFormat cache_format, int threads)
       : weights(weights),
         batch(batch),
-        dtype(cache_dtype),
+        format(cache_format),
         threads(threads),
         cache(kLayers * 2 * batch * kHeads * kContext * kHeadDim) {}
 
@@ -116,8 +116,8 @@ struct Run {
     const auto address = reinterpret_cast<uintptr_t>(workspace.data());
     float* place = workspace.data() + (-address % 64) / sizeof(float);
     DecoderStepArgs args = {
-        &weights.model, cache.data(),  dtype, batch,         kContext,    tokens.data(), rows.data(), positions.data(),
-        count,          wanted.data(), batch, logits.data(), best.data(), place,         threads,     nullptr};
+        &weights.model, cache.data(),  format, batch,         kContext,    tokens.data(), rows.data(), positions.data(),
+        count,          wanted.data(), batch,  logits.data(), best.data(), place,         threads,     nullptr};
     int64_t outcome[2] = {-1, 0};
     std::vector<float> room(screen_floats(kEmb, batch, 2, threads) + 16);
     const auto room_address = reinterpret_cast<uintptr_t>(room.data());
@@ -134,15 +134,15 @@ struct Run {
 
   const Weights& weights;
   int64_t batch, position = 0;
-  DType dtype;
+  CacheFormat format;
   int threads;
   std::vector<float> cache, workspace, logits;
   std::vector<int64_t> best;
 };
 
 // A prompt of three tokens, then single ones, by this many threads and by one: true when all is equal.
-bool same(const Weights& weights, int64_t batch, DType dtype, int threads, bool screened) {
-  Run run(weights, batch, dtype, threads), alone(weights, batch, dtype, 1);
+bool same(const Weights& weights, int64_t batch, CacheFormat format, int threads, bool screened) {
+  Run run(weights, batch, format, threads), alone(weights, batch, format, 1);
   for (int64_t each : {3, 1, 2, 1}) {
     run.read(each, screened);
     alone.read(each, screened);
@@ -155,30 +155,30 @@ bool same(const Weights& weights, int64_t batch, DType dtype, int threads, bool 
 }
 
 int check(bool plant) {
-  const DType kinds[] = {DType::kFloat32, DType::kBFloat16};
+  const CacheFormat kinds[] = {CacheFormat::kFloat32, CacheFormat::kBFloat16, CacheFormat::kInt8};
   int failures = 0, steps = 0;
   for (int code = 0; code <= 3; ++code) {
     const Weights weights(static_cast<WeightFormat>(code));
     if (plant) {
-      Run(weights, 6, DType::kFloat32, 2).read(1, false, true);
+      Run(weights, 6, CacheFormat::kFloat32, 2).read(1, false, true);
       return 0;
     }
-    const auto one = [&](int64_t batch, DType dtype, int threads, bool screened) {
-      const bool good = same(weights, batch, dtype, threads, screened);
+    const auto one = [&](int64_t batch, CacheFormat format, int threads, bool screened) {
+      const bool good = same(weights, batch, format, threads, screened);
       if (!good)
         printf("format %d, batch %lld, %d threads: differs from one thread\n", code, (long long)batch, threads);
       return !good;
     };
     for (int64_t batch : {1, 2, 4, 5, 16})
       for (int threads : {2, 3})
-        for (DType dtype : kinds) {
-          failures += one(batch, dtype, threads, false), steps += 4;
-          if (code == 0) failures += one(batch, dtype, threads, true), steps += 4;
+        for (CacheFormat format : kinds) {
+          failures += one(batch, format, threads, false), steps += 4;
+          if (code == 0) failures += one(batch, format, threads, true), steps += 4;
         }
     std::atomic<int> failed{0};
     std::vector<std::thread> decoders;
     for (int64_t batch : {1, 3, 8})
-      decoders.emplace_back([&, batch] { failed += one(batch, kinds[batch & 1], 2, code == 0); });
+      decoders.emplace_back([&, batch] { failed += one(batch, kinds[batch % 3], 2, code == 0); });
     for (std::thread& decoder : decoders) decoder.join();
     failures += failed, steps += 12;
   }
