@@ -11,9 +11,10 @@ int attention_backward(HeadsRef dq, HeadsRef dk, HeadsRef dv, float* delta, Head
     using T = decltype(t);
     const BackwardInputs<T> in = {to_heads<const T>(dout), to_heads<const T>(q), to_heads<const T>(k),
                                   to_heads<const T>(v)};
-    return attention_backward<T, decltype(head_dim)::value>(to_heads<T>(dq), to_heads<T>(dk), to_heads<T>(dv), delta,
-                                                            in, to_heads<const T>(out), lse, sizes_of(call),
-                                                            dropout_of(call), static_cast<cudaStream_t>(call.stream));
+    constexpr int kD = decltype(head_dim)::value;
+    const auto backward = call.dropout_threshold ? attention_backward<T, kD, true> : attention_backward<T, kD, false>;
+    return backward(to_heads<T>(dq), to_heads<T>(dk), to_heads<T>(dv), delta, in, to_heads<const T>(out), lse,
+                    sizes_of(call), dropout_of(call), static_cast<cudaStream_t>(call.stream));
   });
 }
 

@@ -21,11 +21,7 @@ inline AttentionSizes sizes_of(const AttentionCall& call) {
           call.softmax_scale};
 }
 
-inline Dropout dropout_of(const AttentionCall& call) {
-  const uint32_t kept = 65536 - call.dropout_threshold;
-  return {static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32), call.dropout_threshold,
-          kept ? 65536.0f / static_cast<float>(kept) : 0.0f};
-}
+inline Dropout dropout_of(const AttentionCall& call) { return {call.seed, call.dropout_threshold}; }
 
 // Calls launch(T{}, head_dim of the tile) with the element type of this call.
 template <class Launch>

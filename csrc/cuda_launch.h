@@ -41,7 +41,7 @@ struct AttentionCall {
 
 // head_dim from 1 to 128. lse, delta: (batch, n_heads, q_len) float32; backward writes delta.
 int attention_forward(HeadsRef out, float* lse, HeadsRef q, HeadsRef k, HeadsRef v, const AttentionCall& call);
-// The same on a GPU of compute capability 9.0: no dropout, and no stride of 0 along an axis of several elements.
+// The same on a GPU of compute capability 9.0: no stride of 0 along an axis of several elements.
 int attention_forward_hopper(HeadsRef out, float* lse, HeadsRef q, HeadsRef k, HeadsRef v, const AttentionCall& call);
 int attention_backward(HeadsRef dq, HeadsRef dk, HeadsRef dv, float* delta, HeadsRef dout, HeadsRef q, HeadsRef k,
                        HeadsRef v, HeadsRef out, const float* lse, const AttentionCall& call);

@@ -20,11 +20,7 @@ int with_types(const RowsCall& call, Launch launch) {
   return cudaErrorInvalidValue;
 }
 
-Dropout dropout_of(const RowsCall& call) {
-  const uint32_t kept = 65536 - call.dropout_threshold;
-  return {static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32), call.dropout_threshold,
-          kept ? 65536.0f / static_cast<float>(kept) : 0.0f};
-}
+Dropout dropout_of(const RowsCall& call) { return {call.seed, call.dropout_threshold}; }
 
 }  // namespace
 

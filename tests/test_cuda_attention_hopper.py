@@ -8,6 +8,7 @@ from cuda_emulation import as_cuda_backend, emulate
 from test_cuda_attention import PACKED, ROOM, check, draw
 
 from fastgpt import ops
+from fastgpt.ops import philox
 from fastgpt.testing import assert_within_bound
 
 BACKEND = ROOM.OP.module("cuda")
@@ -22,21 +23,26 @@ def emulated():
         yield emulated
 
 
-def truth(q, k, v, dtype=torch.float64):
+def truth(q, k, v, dtype=torch.float64, weigh=lambda weights: weights):
     """Plain PyTorch: out, and the log-sum-exp of the scores."""
     q, k, v = (x.to(dtype) for x in (q, k, v))
     scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
     unseen = torch.ones(*scores.shape[2:], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
     scores = scores.masked_fill(unseen, -torch.inf)
-    return torch.softmax(scores, dim=-1) @ v, torch.logsumexp(scores, dim=-1)
+    return weigh(torch.softmax(scores, dim=-1)) @ v, torch.logsumexp(scores, dim=-1)
 
 
-def check_forward(q, k, v):
+def check_forward(q, k, v, dropout_p=0.0, seed=2**40 + 3):
     """The kernel's output is within the bound, and its log-sum-exp to the rounding of float32."""
-    assert BACKEND.why_not_hopper(q, k, v, 0.0) is None
-    out, lse = BACKEND.forward(q, k, v, q.shape[3] ** -0.5, 0.0, 0)
-    wanted, wanted_lse = truth(q, k, v)
-    assert_within_bound(out, truth(q, k, v, q.dtype)[0], wanted)
+    assert BACKEND.why_not_hopper(q, k, v) is None
+    keep = philox.keep_mask(*q.shape[:3], k.shape[2], dropout_p, seed) * philox.scale(dropout_p)
+
+    def drop(weights):
+        return weights * keep.to(weights.dtype)
+
+    out, lse = BACKEND.forward(q, k, v, q.shape[3] ** -0.5, dropout_p, seed)
+    wanted, wanted_lse = truth(q, k, v, weigh=drop)
+    assert_within_bound(out, truth(q, k, v, q.dtype, drop)[0], wanted)
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-5, atol=1e-5)
     return out, lse
 
@@ -46,6 +52,24 @@ def check_forward(q, k, v):
 def test_output_is_within_the_bound(emulated, lengths, head_dim):
     emulated.order(sum(lengths))
     check_forward(*draw(1, 2, *lengths, head_dim, torch.bfloat16)[:3])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [(3, 3), (65, 65), (130, 257), (300, 300)])
+def test_output_with_dropout_is_within_the_bound(emulated, lengths, head_dim):
+    emulated.order(sum(lengths))
+    check_forward(*draw(2, 2, *lengths, head_dim, torch.bfloat16)[:3], dropout_p=0.2)
+
+
+def test_the_mask_is_drawn_as_everywhere(emulated):
+    # v is the unit matrix, so that out is the matrix of weights.
+    length, dropout_p, seed = 128, 0.3, 2**40 + 17
+    q, k = draw(1, 3, length, length, 128, torch.float16)[:2]
+    v = torch.eye(length).half().repeat(1, 3, 1, 1)
+    out = BACKEND.forward(q, k, v, 0.01, dropout_p, seed)[0]
+    keep = philox.keep_mask(1, 3, length, length, dropout_p, seed)
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    torch.testing.assert_close((out != 0) & seen, keep & seen, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,12 +130,10 @@ def test_nan_reaches_its_row_and_no_earlier_one(emulated):
     assert out[0, 0, :129].isfinite().all() and out[0, 0, 129].isnan().all()
 
 
-def test_dropout_and_expanded_heads_run_the_kernels_of_any_gpu(emulated):
+def test_expanded_heads_run_the_kernels_of_any_gpu(emulated):
     *inputs, dout = draw(1, 2, 66, 66, 64, torch.bfloat16)
-    assert "dropout" in BACKEND.why_not_hopper(*inputs, 0.1)
-    check(inputs, dout, dropout_p=0.2)
     q, k, v = (x[:, :1].expand(-1, 2, -1, -1) for x in inputs)
-    assert "expanded" in BACKEND.why_not_hopper(q, k, v, 0.0)
+    assert "expanded" in BACKEND.why_not_hopper(q, k, v)
     check([q, k, v], dout)
 
 
@@ -119,9 +141,9 @@ def test_the_path_of_any_gpu_can_be_asked_for(emulated):
     inputs = draw(1, 1, 66, 66, 64, torch.bfloat16)[:3]
     hopper = ops.causal_attention(*inputs, backend="cuda")
     with BACKEND.cuda_path("sm_80"):
-        assert "asked for" in BACKEND.why_not_hopper(*inputs, 0.0)
+        assert "asked for" in BACKEND.why_not_hopper(*inputs)
         assert_within_bound(ops.causal_attention(*inputs, backend="cuda"), hopper, truth(*inputs)[0])
-    assert BACKEND.why_not_hopper(*inputs, 0.0) is None
+    assert BACKEND.why_not_hopper(*inputs) is None
     with pytest.raises(ValueError, match="sm_90"), BACKEND.cuda_path("sm_90"):
         pass
 

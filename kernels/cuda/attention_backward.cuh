@@ -29,10 +29,10 @@ struct BackwardInputs {
 
 // ---- first pass
 
-template <int kD>
+template <int kD, bool kDropout>
 struct QueriesTile {
-  // At head_dim 128 the sums of dq leave registers for half as many keys.
-  static constexpr int kKeys = kD == 64 ? 64 : 32;
+  // At head_dim 128 the sums of dq leave registers for half as many keys, and beside Philox for a quarter.
+  static constexpr int kKeys = kD == 64 ? 64 : kDropout ? 16 : 32;
   static constexpr size_t kSharedBytes = (2 * kBlock + 4 * kKeys) * kD * 2;
 };
 
@@ -48,7 +48,7 @@ template <class T, int kD, bool kDropout>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     attention_backward_dq_kernel(Heads<T> dq, float* delta, BackwardInputs<T> in, Heads<const T> out, const float* lse,
                                  AttentionSizes sizes, Dropout dropout) {
-  constexpr int kKeys = QueriesTile<kD>::kKeys;
+  constexpr int kKeys = QueriesTile<kD, kDropout>::kKeys;
   T* q_tile = reinterpret_cast<T*>(dynamic_shared());
   T* dout_tile = q_tile + kBlock * kD;
   T* k_tiles = dout_tile + kBlock * kD;
@@ -101,6 +101,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     copy_async_commit();
     T *k_tile = k_tiles + block % 2 * kKeys * kD, *v_tile = v_tiles + block % 2 * kKeys * kD;
     const int column0 = lane % 4 * 2;
+    uint32_t kept[2];  // of the 64 keys to which this block belongs
+    const int slot = block * kKeys % 64 / 8;
+    if (kDropout) dropout.keep_rows<1>(kept, block * kKeys / 64 * 8 + column0, row, static_cast<uint32_t>(head));
     float scores[1][kKeys / 8][4] = {}, dweights[1][kKeys / 8][4] = {};
     multiply_by_rows<T, kD, kKeys>(scores, k_tile,
                                    [&](uint32_t (&a)[4], int, int i) { load_left<T, kD>(a, q_tile, warp_row, i); });
@@ -110,21 +113,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     for (int half = 0; half < 2; ++half) {
       const int seen = row + half * 8 + offset - block * kKeys - column0;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        // Slots of the 64 keys to which this block belongs.
-        const int group = block * kKeys / 64, slot = block * kKeys % 64 / 8;
-        const uint32_t keep =
-            kDropout ? dropout.keep(group * 8 + column0 + e, row + half * 8, static_cast<uint32_t>(head)) >> slot : 0;
+      for (int e = 0; e < 2; ++e)
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
           float& score = scores[0][n][half * 2 + e];
           float dweight = dweights[0][n][half * 2 + e];
-          if (kDropout) dweight = keep >> n & 1 ? dweight * dropout.scale : 0.0f;
+          if (kDropout) dweight = kept[half] >> (slot + e * 8 + n) & 1 ? dweight * dropout.scale : 0.0f;
           const float weight = fast_exp2(score * scale2 - lse2[half]);
           score = weight * (dweight - row_delta[half]);
           if (decltype(masked)::value && n * 8 + e > seen) score = 0.0f;
         }
-      }
     }
     multiply_by_columns<T, kD, kKeys>(sums, scores, k_tile);
   };
@@ -138,10 +136,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 
 // ---- second pass
 
-template <int kD>
+template <int kD, bool kDropout>
 struct KeysTile {
-  // At head_dim 128 the sums of dk and dv leave registers for half as many queries.
-  static constexpr int kQueries = kD == 64 ? 64 : 32;
+  // At head_dim 128 the sums of dk and dv leave registers for half as many queries, and beside the mask for a quarter.
+  static constexpr int kQueries = kD == 64 ? 64 : kDropout ? 16 : 32;
   static constexpr int kTiles = (2 * kBlock + 4 * kQueries) * kD * 2;
   // lse and delta, then a byte of the mask for each query and key % 8, all twice.
   static constexpr size_t kSharedBytes = kTiles + 2 * kQueries * (2 * sizeof(float) + 8);
@@ -155,7 +153,7 @@ __device__ inline void draw_mask(uint32_t* mask, int64_t first_query, int64_t fi
     const uint32_t c0 = static_cast<uint32_t>(first_key / 8) + i % 2 * 4,
                    c1 = static_cast<uint32_t>(first_query + i / 2);
     uint32_t bytes = 0;
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < 4; ++r) bytes |= dropout.keep(c0 + r, c1, head) << (8 * r);
     store_shared(mask + i, bytes);
   }
@@ -165,14 +163,14 @@ template <class T, int kD, bool kDropout>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     attention_backward_dkdv_kernel(Heads<T> dk, Heads<T> dv, BackwardInputs<T> in, const float* lse, const float* delta,
                                    AttentionSizes sizes, Dropout dropout) {
-  constexpr int kQueries = KeysTile<kD>::kQueries;
+  constexpr int kQueries = KeysTile<kD, kDropout>::kQueries;
   T* k_tile = reinterpret_cast<T*>(dynamic_shared());
   T* v_tile = k_tile + kBlock * kD;
   T* q_tiles = v_tile + kBlock * kD;
   T* dout_tiles = q_tiles + 2 * kQueries * kD;
   float* statistics =
-      reinterpret_cast<float*>(dynamic_shared() + KeysTile<kD>::kTiles);     // (2, lse and delta, kQueries)
-  uint32_t* masks = reinterpret_cast<uint32_t*>(statistics + 4 * kQueries);  // (2, kQueries, 2)
+      reinterpret_cast<float*>(dynamic_shared() + KeysTile<kD, kDropout>::kTiles);  // (2, lse and delta, kQueries)
+  uint32_t* masks = reinterpret_cast<uint32_t*>(statistics + 4 * kQueries);         // (2, kQueries, 2)
 
   const int64_t heads = sizes.batch * sizes.n_heads;
   const int64_t head = blockIdx.x % heads, batch = head / sizes.n_heads, h = head % sizes.n_heads;
@@ -262,29 +260,24 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 
 // ---- launches
 
-template <class T, int kD>
+template <class T, int kD, bool kDropout>
 cudaError_t attention_backward(Heads<T> dq, Heads<T> dk, Heads<T> dv, float* delta, BackwardInputs<T> in,
                                Heads<const T> out, const float* lse, AttentionSizes sizes, Dropout dropout,
                                cudaStream_t stream) {
-  // With dropout at head_dim 128 the first pass spills registers, so that nobody should take it.
-  constexpr bool kTakesDropout = kD == 64;
-  if (dropout.threshold && !kTakesDropout) return cudaErrorInvalidValue;
   const int64_t heads = sizes.batch * sizes.n_heads;
   const int64_t q_blocks = (sizes.q_len + kBlock - 1) / kBlock * heads;
   const int64_t k_blocks = (sizes.k_len + kBlock - 1) / kBlock * heads;
   if (q_blocks > 0x7fffffff || k_blocks > 0x7fffffff) return cudaErrorInvalidValue;
   if (q_blocks > 0) {
-    const auto kernel = dropout.threshold ? attention_backward_dq_kernel<T, kD, kTakesDropout>
-                                          : attention_backward_dq_kernel<T, kD, false>;
-    const cudaError_t error = launch(kernel, static_cast<unsigned>(q_blocks), kBackwardThreads,
-                                     QueriesTile<kD>::kSharedBytes, stream, dq, delta, in, out, lse, sizes, dropout);
+    const cudaError_t error =
+        launch(attention_backward_dq_kernel<T, kD, kDropout>, static_cast<unsigned>(q_blocks), kBackwardThreads,
+               QueriesTile<kD, kDropout>::kSharedBytes, stream, dq, delta, in, out, lse, sizes, dropout);
     if (error != cudaSuccess) return error;
   }
   if (k_blocks == 0) return cudaSuccess;
-  const auto kernel = dropout.threshold ? attention_backward_dkdv_kernel<T, kD, kTakesDropout>
-                                        : attention_backward_dkdv_kernel<T, kD, false>;
-  return launch(kernel, static_cast<unsigned>(k_blocks), kBackwardThreads, KeysTile<kD>::kSharedBytes, stream, dk, dv,
-                in, lse, static_cast<const float*>(delta), sizes, dropout);
+  return launch(attention_backward_dkdv_kernel<T, kD, kDropout>, static_cast<unsigned>(k_blocks), kBackwardThreads,
+                KeysTile<kD, kDropout>::kSharedBytes, stream, dk, dv, in, lse, static_cast<const float*>(delta), sizes,
+                dropout);
 }
 
 }  // namespace cuda

@@ -40,7 +40,7 @@ struct DrawOptions {
 
   __device__ float perturb(float logit, int token, int64_t row, int64_t drawn) const {
     const uint32_t word =
-        philox(key0, key1, static_cast<uint32_t>(token), static_cast<uint32_t>(drawn), static_cast<uint32_t>(row), 1)
+        philox({key0, key1}, static_cast<uint32_t>(token), static_cast<uint32_t>(drawn), static_cast<uint32_t>(row), 1)
             .values[0];
     // log1p keeps small U exact: there lie the winners. At U = 1 the noise is -inf, and the token never wins.
     const float u = (static_cast<float>(word) + 0.5f) * 2.3283064365386963e-10f;

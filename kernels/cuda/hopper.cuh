@@ -97,6 +97,13 @@ __device__ inline void copy_box(SharedAddress shared, const TensorMap* map, Shar
       : "memory");
 }
 
+// Starts the copy of so many bytes, a multiple of 16, between addresses that are too.
+__device__ inline void copy_bytes(SharedAddress shared, const void* global, int bytes, SharedAddress barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // Before the first product, and after registers of one were written by other instructions.
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -139,68 +146,80 @@ __device__ inline void after_sum(float x) {
 // The compiler forgets what it has made of x.
 __device__ inline void hold(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-// c (64, 128) = a b^T, or += it: both of 16 columns and in shared memory, by rows_descriptor.
-template <class T, bool kAdd>
-__device__ inline void multiply_rows(float (&c)[16][4], uint64_t a, uint64_t b);
-
-// c (64, 64 or 128) += a b: a in registers, b of 16 rows in shared memory, by columns_descriptor.
-template <class T>
-__device__ inline void multiply_columns(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b);
-template <class T>
-__device__ inline void multiply_columns(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b);
+// The products of one type with 8 kN columns.
+template <class T, int kN>
+struct Products;
 
 // clang-format off
 #define FASTGPT_C1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define FASTGPT_C8(n) \
   FASTGPT_C1(n), FASTGPT_C1(n + 1), FASTGPT_C1(n + 2), FASTGPT_C1(n + 3), \
   FASTGPT_C1(n + 4), FASTGPT_C1(n + 5), FASTGPT_C1(n + 6), FASTGPT_C1(n + 7)
+#define FASTGPT_C16(n) FASTGPT_C8(n), FASTGPT_C8(n + 8)
 #define FASTGPT_NAMES32 \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
 #define FASTGPT_NAMES64 \
   FASTGPT_NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
   "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // clang-format on
 
-// Behind the accumulators: whether to add to them (a predicate), signs of a and b, and which of a and b lie by columns.
-#define FASTGPT_WGMMA(T, kType)                                                                                   \
-  template <>                                                                                                     \
-  __device__ inline void multiply_rows<T, false>(float (&c)[16][4], uint64_t a, uint64_t b) {                     \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." kType \
-                 "." kType " " FASTGPT_NAMES64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"                               \
-                 : FASTGPT_C8(0), FASTGPT_C8(8)                                                                   \
-                 : "l"(a), "l"(b));                                                                               \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_rows<T, true>(float (&c)[16][4], uint64_t a, uint64_t b) {                      \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." kType \
-                 "." kType " " FASTGPT_NAMES64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"                               \
-                 : FASTGPT_C8(0), FASTGPT_C8(8)                                                                   \
-                 : "l"(a), "l"(b));                                                                               \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_columns<T>(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {              \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." kType  \
-                 "." kType " " FASTGPT_NAMES32 "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}\n"                 \
-                 : FASTGPT_C8(0)                                                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_columns<T>(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {             \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." kType \
-                 "." kType " " FASTGPT_NAMES64 "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}\n"                 \
-                 : FASTGPT_C8(0), FASTGPT_C8(8)                                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
-  }
+// `factors` and `add` name operands behind the accumulators; then the signs of a and b, and in `columns` which of them
+// lie by columns.
+#define FASTGPT_WGMMA(shape, type, names, accumulators, factors, add, columns, ...)                       \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\nwgmma.mma_async.sync.aligned.m64" shape \
+               "k16.f32." type "." type " {" names "}, " factors ", add, 1, 1, " columns ";\n}\n"         \
+               : accumulators(0)                                                                          \
+               : __VA_ARGS__)
 
-FASTGPT_WGMMA(__nv_bfloat16, "bf16")
-FASTGPT_WGMMA(__half, "f16")
+#define FASTGPT_PRODUCTS(T, type, kN, shape, names, accumulators, shared, shared_add, left, left_add, left_columns)  \
+  template <>                                                                                                        \
+  struct Products<T, kN> {                                                                                           \
+    template <int kAdd>                                                                                              \
+    static __device__ void from_shared(float (&c)[kN][4], uint64_t a, uint64_t b) {                                  \
+      FASTGPT_WGMMA(shape, type, names, accumulators, shared, shared_add, "0, 0", "l"(a), "l"(b), "n"(kAdd));        \
+    }                                                                                                                \
+    template <int kAdd, int kColumns>                                                                                \
+    static __device__ void from_registers(float (&c)[kN][4], const uint32_t (&a)[4], uint64_t b) {                   \
+      FASTGPT_WGMMA(shape, type, names, accumulators, left, left_add, left_columns, "r"(a[0]), "r"(a[1]), "r"(a[2]), \
+                    "r"(a[3]), "l"(b), "n"(kAdd), "n"(kColumns));                                                    \
+    }                                                                                                                \
+  };
 
+#define FASTGPT_PRODUCTS_OF(T, type)                                                                                  \
+  FASTGPT_PRODUCTS(T, type, 8, "n64", FASTGPT_NAMES32, FASTGPT_C8, "%32, %33", "%34", "{%32, %33, %34, %35}, %36",    \
+                   "%37", "%38")                                                                                      \
+  FASTGPT_PRODUCTS(T, type, 16, "n128", FASTGPT_NAMES64, FASTGPT_C16, "%64, %65", "%66", "{%64, %65, %66, %67}, %68", \
+                   "%69", "%70")
+
+FASTGPT_PRODUCTS_OF(__nv_bfloat16, "bf16")
+FASTGPT_PRODUCTS_OF(__half, "f16")
+
+#undef FASTGPT_PRODUCTS_OF
+#undef FASTGPT_PRODUCTS
 #undef FASTGPT_WGMMA
 #undef FASTGPT_NAMES64
 #undef FASTGPT_NAMES32
+#undef FASTGPT_C16
 #undef FASTGPT_C8
 #undef FASTGPT_C1
+
+// c (64, 64 or 128) = a b^T, or += it, of 16 columns: b in shared memory by rows_descriptor, a too or in registers.
+template <class T, bool kAdd, int kN>
+__device__ inline void multiply_rows(float (&c)[kN][4], uint64_t a, uint64_t b) {
+  Products<T, kN>::template from_shared<kAdd>(c, a, b);
+}
+
+template <class T, bool kAdd, int kN>
+__device__ inline void multiply_rows(float (&c)[kN][4], const uint32_t (&a)[4], uint64_t b) {
+  Products<T, kN>::template from_registers<kAdd, 0>(c, a, b);
+}
+
+// c (64, 64 or 128) += a b: a in registers, b of 16 rows in shared memory, by columns_descriptor.
+template <class T, int kN>
+__device__ inline void multiply_columns(float (&c)[kN][4], const uint32_t (&a)[4], uint64_t b) {
+  Products<T, kN>::template from_registers<1, 1>(c, a, b);
+}
 
 }  // namespace cuda
 }  // namespace fastgpt

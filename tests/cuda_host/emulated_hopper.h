@@ -116,6 +116,18 @@ inline void copy_box(SharedAddress address, const TensorMap* map, SharedAddress 
   });
 }
 
+inline void copy_bytes(SharedAddress address, const void* from, int bytes, SharedAddress barrier) {
+  unsigned char* const to = emulated_shared(address, bytes);
+  if (address % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+    emulator::fail("a copy of bytes is not aligned to 16");
+  std::memset(to, 0xff, bytes);
+  emulated_barrier(barrier);
+  emulator::block->tiles.push_back([=] {
+    std::memcpy(to, from, bytes);
+    emulated_barrier(barrier).copied(bytes);
+  });
+}
+
 inline void products_begin() { __syncwarp(); }
 
 // A matrix that a descriptor names, as raw bits: (n, 16), n the rows of a K-major or the columns of an MN-major one.
@@ -246,9 +258,14 @@ void hold(uint32_t (&)[kN][4]) {}
 inline void hold(uint32_t&) {}
 inline void after_sum(float) {}
 
-template <class T, bool kAdd>
-void multiply_rows(float (&c)[16][4], uint64_t a, uint64_t b) {
-  emulated_multiply<T>({&c[0][0], 128, kAdd, a, b, nullptr, false});
+template <class T, bool kAdd, int kN>
+void multiply_rows(float (&c)[kN][4], uint64_t a, uint64_t b) {
+  emulated_multiply<T>({&c[0][0], kN * 8, kAdd, a, b, nullptr, false});
+}
+
+template <class T, bool kAdd, int kN>
+void multiply_rows(float (&c)[kN][4], const uint32_t (&a)[4], uint64_t b) {
+  emulated_multiply<T>({&c[0][0], kN * 8, kAdd, 0, b, a, false});
 }
 
 template <class T, int kN>

@@ -1,6 +1,6 @@
 """Causal attention in CUDA C++: kernels/cuda/attention.cuh and attention_backward.cuh.
 
-On Hopper the forward without dropout takes kernels/cuda/attention_hopper.cuh, unless `cuda_path("sm_80")` or
+On Hopper the forward takes kernels/cuda/attention_hopper.cuh, unless `cuda_path("sm_80")` or
 FASTGPT_CUDA_PATH says otherwise.
 """
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 AUTOMATIC = cuda_support.UNPROVEN
 
 MAX_HEAD_DIM = 128
-MAX_HEAD_DIM_WITH_DROPOUT = 64
 # The kernels divide by nothing and fold log2(e) into the scale, so it must be a positive normal number.
 _LEAST_SCALE = 1e-37
 
@@ -50,25 +49,21 @@ def cuda_path(name: str) -> Iterator[None]:
 
 
 def why_not(case: Case) -> str | None:
-    """bfloat16 and float16 on the GPU, head_dim up to 128; with dropout and gradients up to 64."""
+    """bfloat16 and float16 on the GPU, head_dim up to 128."""
     if case.head_dim > MAX_HEAD_DIM:
         return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {case.head_dim}"
-    if case.dropout and case.grad and case.head_dim > MAX_HEAD_DIM_WITH_DROPOUT:
-        return f"with dropout the gradient kernels take head_dim up to {MAX_HEAD_DIM_WITH_DROPOUT}: more would spill"
     if case.dtype == torch.float32:
         return "the kernels take bfloat16 and float16; float32 has no fast product on the tensor cores"
     return cuda_support.why_not(case.device, case.dtype)
 
 
-def why_not_hopper(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str | None:
-    """Why the forward of these inputs, aligned as the kernels read them, must run the kernels of sm_80, or None."""
+def why_not_hopper(*inputs: Tensor) -> str | None:
+    """Why these inputs, aligned as the kernels read them, must be read by the kernels of sm_80, or None."""
     if (_path.get() or _path_of_environment()) == "sm_80":
         return "the path sm_80 was asked for"
-    if dropout_p > 0.0:
-        return "the kernel of sm_90a has no dropout"
-    if any(size > 1 and stride == 0 for x in (q, k, v) for size, stride in zip(x.shape, x.stride(), strict=True)):
+    if any(size > 1 and stride == 0 for x in inputs for size, stride in zip(x.shape, x.stride(), strict=True)):
         return "TMA reads no axis that is expanded"
-    if not cuda_support.runs_sm90a(q.device.index):
+    if not cuda_support.runs_sm90a(inputs[0].device.index):
         return "the GPU does not run machine code of sm_90a"
     return None
 
@@ -83,7 +78,7 @@ def forward(
         out = _like_out(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         module = cuda_support.load()
-        hopper = why_not_hopper(q, k, v, dropout_p) is None
+        hopper = why_not_hopper(q, k, v) is None
         launch = module.attention_forward_hopper if hopper else module.attention_forward
         launch(
             out.data_ptr(), out.stride(), lse.data_ptr(),
