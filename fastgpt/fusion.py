@@ -5,7 +5,7 @@ hooks and without a forward of its own. Anything else (LoRA, a reader's layer, a
 only the modules around it are joined. So one block in training is
 
     packed_linear → packed_causal_attention → linear → dropout_add_layer_norm
-                  → linear → gelu with bias → linear → dropout_add_layer_norm of the next block
+                  → linear → gelu with bias and linear → dropout_add_layer_norm of the next block
 
 and nothing is read twice. Everything is looked up at every call, so replacing a module later is seen.
 """
@@ -119,11 +119,18 @@ def attend(made: tuple[Tensor, ...], num_heads: int, p: float) -> Tensor:
 
 
 def feed_forward(widen: nn.Module, narrow: nn.Module, x: Tensor) -> Tensor:
-    """narrow(gelu(widen(x))), the first bias added inside the GELU."""
+    """narrow(gelu(widen(x))), the first bias added inside the GELU, whose output is not kept for backward."""
+    bias: Tensor | None = None
     if is_linear(widen):
-        plain = cast(nn.Linear, widen)
-        return linear(narrow, ops.gelu(ops.linear(x, plain.weight), plain.bias))
-    return linear(narrow, ops.gelu(widen(x)))
+        first = cast(nn.Linear, widen)
+        x, bias = ops.linear(x, first.weight), first.bias
+    else:
+        x = widen(x)
+    if not is_linear(narrow):
+        out: Tensor = narrow(ops.gelu(x, bias))
+        return out
+    second = cast(nn.Linear, narrow)
+    return ops.gelu_linear(x, bias, second.weight, second.bias)
 
 
 def block_parts(block: nn.Module, block_class: type) -> BlockParts | None:

@@ -82,14 +82,14 @@ def test_products_are_bfloat16_and_the_stream_the_norms_and_the_loss_float32(mon
 
         return run
 
-    for name in ("packed_linear", "linear", "packed_causal_attention", "gelu", "dropout_add_layer_norm"):
+    for name in ("packed_linear", "linear", "packed_causal_attention", "gelu_linear", "dropout_add_layer_norm"):
         monkeypatch.setattr(ops, name, watch(name, getattr(ops, name)))
     idx = torch.randint(61, (2, 24))
     with torch.autocast("cpu", torch.bfloat16):
         loss = calc_loss_batch(idx, idx, build(), "cpu")
     assert loss.dtype == torch.float32
     assert seen.pop("dropout_add_layer_norm") == {torch.float32}
-    assert set(seen) == {"packed_linear", "linear", "packed_causal_attention", "gelu"}
+    assert set(seen) == {"packed_linear", "linear", "packed_causal_attention", "gelu_linear"}
     assert all(dtypes == {torch.bfloat16} for dtypes in seen.values())
 
 

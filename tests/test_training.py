@@ -360,6 +360,20 @@ def test_fused_adamw_takes_the_steps_of_the_plain_one():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_adamw_has_its_moments_before_the_first_step_and_takes_the_usual_one():
+    model, twin = make_model(), make_model()
+    ready, usual = make_adamw(model, lr=1e-3, weight_decay=0.1), make_adamw(twin, lr=1e-3, weight_decay=0.1)
+    usual.state.clear()
+    for net, optimizer in ((model, ready), (twin, usual)):
+        inputs, targets = next(iter(loader(0, 200)))
+        calc_loss_batch(inputs, targets, net, "cpu").backward()
+        addresses = {id(moment) for state in optimizer.state.values() for moment in state.values()}
+        optimizer.step()
+        made = {id(moment) for state in optimizer.state.values() for moment in state.values()}
+        assert (made == addresses) is (optimizer is ready)
+    assert all(torch.equal(got, want) for got, want in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def test_plot_losses_saves_the_books_figure(tmp_path, monkeypatch: pytest.MonkeyPatch):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

@@ -8,6 +8,7 @@ from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.linear import linear, packed_linear
+from fastgpt.ops.linear.after_gelu import gelu_linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.packed_causal_attention import packed_causal_attention
 
@@ -18,6 +19,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "embedding",
     "gelu",
+    "gelu_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

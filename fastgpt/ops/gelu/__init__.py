@@ -51,11 +51,11 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -
 
     Paper: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
     """
-    _check(x, bias)
+    check(x, bias)
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.fastgpt.gelu(x, bias, backend)
         return out
-    chosen = OP.choose(_case(x, bias), backend)
+    chosen = choose(x, bias, backend)
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
         return chosen.apply(x, bias)
     if registration.needs_grad(x) or bias is not None and registration.needs_grad(bias):
@@ -63,11 +63,17 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -
     return chosen.forward(x, bias)
 
 
+def choose(x: Tensor, bias: Tensor | None, backend: str | None = None) -> ModuleType:
+    """The backend's module for these tensors."""
+    return OP.choose(_case(x, bias), backend)
+
+
 def _case(x: Tensor, bias: Tensor | None) -> Case:
     return Case(x.device.type, x.dtype, None if bias is None else bias.dtype)
 
 
-def _check(x: Tensor, bias: Tensor | None) -> None:
+def check(x: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless x is floating point and the bias fits its last axis."""
     if not x.is_floating_point():
         raise ValueError(f"gelu: x must be floating point, got {x.dtype}; cast it with x.float().")
     if bias is None:
@@ -101,14 +107,14 @@ class _Gelu(torch.autograd.Function):
 
 
 def _forward(x: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
-    chosen = OP.choose(_case(x, bias), backend)
+    chosen = choose(x, bias, backend)
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
         return chosen.apply(x, bias).contiguous()
     return chosen.forward(x, bias)
 
 
 def _backward(dout: Tensor, x: Tensor, bias: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    chosen = OP.choose(_case(x, bias), backend)
+    chosen = choose(x, bias, backend)
     if not getattr(chosen, "NATIVE_AUTOGRAD", False):
         dx, dbias = chosen.backward(dout, x, bias)
     else:

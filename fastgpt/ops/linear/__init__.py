@@ -84,30 +84,43 @@ def packed_linear(
 def _run(
     name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], backend: str | None
 ) -> Tensor:
+    x, weights, biases = prepare(name, x, weights, biases)
     given = tuple(bias for bias in biases if bias is not None)
+    if torch.compiler.is_compiling():
+        if x.device.type != "cpu" and backend is None:
+            # The compiler joins its own product with what comes after.
+            return OP.module("torch").apply(x, weights, biases)
+        has_bias = [bias is not None for bias in biases]
+        out: Tensor = torch.ops.fastgpt.packed_linear(x, list(weights), list(given), has_bias, backend)
+        return out
+    chosen = choose(x, weights, backend)
+    if getattr(chosen, "NATIVE_AUTOGRAD", False):
+        return chosen.apply(x, weights, biases)
+    if registration.needs_grad(x, *weights, *given):
+        return _PackedLinear.apply(x, chosen, len(weights), *weights, *biases)
+    return chosen.forward(x, weights, biases)
+
+
+def prepare(
+    name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """All of them in autocast's dtype where it is on, and checked. Raises ValueError with the name of the op."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, *cast = (tensor.to(dtype) if tensor.dtype is not torch.float64 else tensor for tensor in (x, *weights))
         weights = tuple(cast)
         biases = tuple(bias if bias is None or bias.dtype is torch.float64 else bias.to(dtype) for bias in biases)
-        given = tuple(bias for bias in biases if bias is not None)
     _check(name, x, weights, biases)
-    if torch.compiler.is_compiling():
-        if device != "cpu" and backend is None:
-            # The compiler joins its own product with what comes after.
-            return OP.module("torch").apply(x, weights, biases)
-        has_bias = [bias is not None for bias in biases]
-        out: Tensor = torch.ops.fastgpt.packed_linear(x, list(weights), list(given), has_bias, backend)
-        return out
+    return x, weights, biases
+
+
+def choose(x: Tensor, weights: tuple[Tensor, ...], backend: str | None) -> ModuleType:
+    """The backend of a product: PyTorch's for a small one, unless another is asked for."""
+    device = x.device.type
     if device == "cpu" and _is_small(x, weights) and dispatch.is_automatic(backend):
-        return OP.module("torch").apply(x, weights, biases)
-    chosen = OP.choose(Case(device, x.dtype), backend)
-    if getattr(chosen, "NATIVE_AUTOGRAD", False):
-        return chosen.apply(x, weights, biases)
-    if registration.needs_grad(x, *weights, *given):
-        return _PackedLinear.apply(x, chosen, len(weights), *weights, *biases)
-    return chosen.forward(x, weights, biases)
+        return OP.module("torch")
+    return OP.choose(Case(device, x.dtype), backend)
 
 
 def _is_small(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
