@@ -1,7 +1,8 @@
 """What lower precision costs, on real text: `python -m benchmarks.quality`, some minutes.
 
 A small GPT of bytes is trained here and now on the docstrings of Python's standard library and on the story that ships
-with fastgpt. On docstrings that it has not seen, each precision of `Generator` is held against float32:
+with fastgpt. On docstrings that it has not seen, each precision of `Generator`, of weights and cache, is held against
+float32:
 
     perplexity        of a byte, and how much it grows
     divergence        mean Kullback-Leibler divergence of the next byte from float32, in nats
@@ -44,7 +45,17 @@ CFG = {
     "drop_rate": 0.0,
     "qkv_bias": True,
 }
-PRECISIONS: tuple[torch.dtype | str | None, ...] = (None, torch.bfloat16, "int8", "int4")
+Precision = tuple[torch.dtype | str | None, torch.dtype | str | None]
+# Of the weights, and of keys and values: `dtype` and `cache_dtype`.
+PRECISIONS: tuple[Precision, ...] = (
+    (None, None),
+    (torch.bfloat16, None),
+    ("int8", None),
+    ("int4", None),
+    (None, torch.bfloat16),
+    (None, "int8"),
+    ("int8", "int8"),
+)
 BATCH = 8
 SEED = 123
 # Of the docstrings, one in so many is held out.
@@ -98,9 +109,11 @@ def train(text: Tensor, steps: int) -> GPTModel:
     return model.eval()
 
 
-def logits_of(model: GPTModel, precision: torch.dtype | str | None, windows: Tensor) -> Tensor:
+def logits_of(model: GPTModel, precision: Precision, windows: Tensor) -> Tensor:
     """Logits behind every byte, (n_windows, length, 256), by the decoder that `Generator` uses."""
-    decoder = NativeDecoder(NativeWeights(read_network(model), precision and Packs(precision)), 1, windows.shape[1])
+    dtype, cache_dtype = precision
+    weights = NativeWeights(read_network(model), dtype and Packs(dtype))
+    decoder = NativeDecoder(weights, 1, windows.shape[1], cache_dtype)
     rows = []
     for window in windows:
         pieces = []
@@ -112,9 +125,12 @@ def logits_of(model: GPTModel, precision: torch.dtype | str | None, windows: Ten
     return torch.stack(rows)
 
 
-def same_text(model: GPTModel, precision: torch.dtype | str | None, prompts: Tensor) -> float:
+def same_text(model: GPTModel, precision: Precision, prompts: Tensor) -> float:
     """Mean number of greedy bytes before the first difference from float32."""
-    want, got = (Generator(model, dtype).generate(prompts, NEW) for dtype in (None, precision))
+    want, got = (
+        Generator(model, dtype, cache_dtype=cache_dtype).generate(prompts, NEW)
+        for dtype, cache_dtype in (PRECISIONS[0], precision)
+    )
     assert isinstance(want, Tensor) and isinstance(got, Tensor)
     same = (want == got)[:, prompts.shape[1] :].int().cumprod(dim=1)
     return same.sum(dim=1).float().mean().item()
@@ -125,14 +141,15 @@ def measure(model: GPTModel, held_out: Tensor, n_windows: int) -> list[dict[str,
     length = CFG["context_length"]
     windows = held_out[: n_windows * (length + 1)].view(n_windows, length + 1)
     targets = windows[:, 1:]
-    exact = logits_of(model, None, windows[:, :-1])
+    exact = logits_of(model, PRECISIONS[0], windows[:, :-1])
     rows = []
     for precision in PRECISIONS:
         logits = logits_of(model, precision, windows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         rows.append(
             {
-                "precision": "float32" if precision is None else str(precision).removeprefix("torch."),
+                "precision": _name(precision[0], "float32"),
+                "cache": _name(precision[1], "float32" if precision[0] is None else "bfloat16"),
                 "perplexity": round(loss.exp().item(), 4),
                 "divergence": round(_divergence(exact, logits), 6),
                 "same_best": round((logits.argmax(-1) == exact.argmax(-1)).float().mean().item(), 4),
@@ -144,6 +161,10 @@ def measure(model: GPTModel, held_out: Tensor, n_windows: int) -> list[dict[str,
     for row in rows:
         row["perplexity_growth"] = round(row["perplexity"] / rows[0]["perplexity"] - 1, 5)
     return rows
+
+
+def _name(dtype: torch.dtype | str | None, usual: str) -> str:
+    return usual if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _divergence(exact: Tensor, logits: Tensor) -> float:
@@ -168,11 +189,11 @@ def main() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
-    print("| precision | perplexity | growth | divergence | same best | same text |\n|---|---|---|---|---|---|")
+    print("| weights | cache | perplexity | growth | divergence | same best | same text |\n" + "|---" * 7 + "|")
     for row in rows:
         print(
-            f"| {row['precision']} | {row['perplexity']} | {row['perplexity_growth']:.2%} | {row['divergence']} | "
-            f"{row['same_best']:.1%} | {row['same_text']} of {NEW} |"
+            f"| {row['precision']} | {row['cache']} | {row['perplexity']} | {row['perplexity_growth']:.2%} | "
+            f"{row['divergence']} | {row['same_best']:.1%} | {row['same_text']} of {NEW} |"
         )
 
 

@@ -15,6 +15,8 @@
 // Measured on one core of an AMD EPYC (Zen 3), head_dim 64, float32, ns a key and query at 64, 512 and 1000 keys:
 //   one key's sum added across the lanes at a time                  8.9, 8.9, 9.4
 //   as many keys as lanes, added across together (now)              5.7, 6.4, 7.7: then the second level of cache
+// 1,000 keys of many heads in memory, float32, bfloat16, int8: 30, 17, 12.6; int8 with rows fetched 64 ahead 9.8 (now),
+// in blocks of 128 keys 12.2. Fetched ahead, float32 and bfloat16 get slower (39, 18).
 // Papers: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "Flash-Decoding", 2023.
 #pragma once
 
@@ -60,6 +62,12 @@ FASTGPT_INLINE float exponent_base(float m) { return m == -__builtin_inff() ? 0.
 
 FASTGPT_INLINE float exp_of(float x) { return exp(splat(x))[0]; }
 
+// Rows of 8 bits are done with before the processor has looked ahead far enough by itself.
+template <class T>
+FASTGPT_INLINE void fetch_ahead(const T* row, int64_t stride) {
+  if constexpr (std::is_same_v<T, int8_t>) __builtin_prefetch(row + kDecodeBlock * stride);
+}
+
 // scores[j] += q . k_j over one panel; lanes is kLanes, or the length of the head's tail. As many keys at a time as
 // there are lanes, so that their sums are added across the lanes together.
 template <int N, class T, class Lanes>
@@ -67,6 +75,8 @@ FASTGPT_INLINE void add_scores(float* scores, const float* q, const T* k, int64_
   int64_t j = 0;
   for (; j + kLanes <= keys; j += kLanes, k += kLanes * stride) {
     VecF sums[kLanes] = {};
+#pragma GCC unroll 16
+    for (int key = 0; key < kLanes; ++key) fetch_ahead(k + key * stride, stride);
     for (int n = 0; n < N; ++n) {
       const VecF part = load_lanes(q + n * kLanes, lanes);
 #pragma GCC unroll 16
@@ -87,8 +97,10 @@ FASTGPT_INLINE void add_values(float* acc, float rescale, const float* p, const 
                                Lanes lanes) {
   VecF sum[N];
   for (int n = 0; n < N; ++n) sum[n] = load_lanes(acc + n * kLanes, lanes) * rescale;
-  for (int64_t j = 0; j < keys; ++j, v += stride)
+  for (int64_t j = 0; j < keys; ++j, v += stride) {
+    fetch_ahead(v, stride);
     for (int n = 0; n < N; ++n) sum[n] += p[j] * load_lanes(v + n * kLanes, lanes);
+  }
   for (int n = 0; n < N; ++n) store_lanes(acc + n * kLanes, sum[n], lanes);
 }
 
