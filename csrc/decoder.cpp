@@ -188,7 +188,7 @@ class Decoder {
   // and its places hold eos_id. Returns the number of steps, fewer when all rows have ended.
   int64_t generate(Address cache, int cache_format, int64_t batch, int64_t capacity, Address entries, int64_t count,
                    int64_t steps, int64_t eos_id, Address out, int num_threads, float inverse_temperature,
-                   int64_t top_k, uint64_t seed, int64_t drawn) {
+                   int64_t top_k, double top_p, uint64_t seed, int64_t drawn) {
     const std::unique_lock<std::mutex> lock = claim();
     check_complete();
     DecoderStepArgs args = cache_args(cache, cache_format, batch, capacity, num_threads);
@@ -196,7 +196,7 @@ class Decoder {
     require(steps >= 0, "Decoder.generate: steps must be 0 or more");
     require(model_.head.n_out <= vocab_size_, "Decoder.generate: the head gives more tokens than can be read");
     check_sizes({steps, count}, kWhat);
-    const DrawOptions options = draw_options(inverse_temperature, top_k, seed, drawn, model_.head.n_out);
+    const DrawOptions options = draw_options(inverse_temperature, top_k, top_p, seed, drawn, model_.head.n_out);
     if (steps == 0 || count == 0) return 0;
     check_entries(batch, capacity, steps);
     auto* tokens_out = static_cast<int64_t*>(pointer(out, steps * count, sizeof(int64_t), kWhat));
@@ -312,7 +312,7 @@ class Decoder {
     draw.options = options;
     draw.n = model_.head.n_out;
     draw.tokens = entries_.best.data();
-    if (!greedy) draw.workspace = draw_room_.of(count, options.top_k, args.num_threads);
+    if (!greedy) draw.workspace = draw_room_.of(count, draw.n, options, args.num_threads);
     for (int64_t step = 0; step < steps; ++step, out += count) {
       const int64_t active = static_cast<int64_t>(places.size());
       entries_.wanted.resize(active);

@@ -44,20 +44,44 @@ def test_the_kernel_draws_the_tokens_of_the_reference(n, top_k, isa, threads):  
         assert torch.equal(draw(logits, *args), draw_reference(logits, *args)), seed
 
 
+@pytest.mark.parametrize("n", [1, 5, 16, 67, 1003])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 50, 700])
+@pytest.mark.parametrize("top_p", [1e-60, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_top_p_leaves_what_the_reference_leaves(n, top_k, top_p, isa, threads):  # noqa: F811
+    if top_k is not None and top_k > n:
+        return
+    for seed in range(6):
+        # From nearly even to one token with nearly everything.
+        logits = logits_of(1 + seed % 5, n, seed, 0.5 * 2**seed) - 50.0
+        args = (0.3 + 0.2 * seed, top_k, seed * 0x9E3779B97F4A7C15 - 1, 3 * seed, top_p)
+        assert torch.equal(draw(logits, *args), draw_reference(logits, *args)), seed
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.49, 0.74, 0.76])
+def test_the_nucleus_is_the_smallest_set_and_what_ties_with_its_last(top_p, threads):  # noqa: F811
+    # Probabilities 1/2, 1/4 and twice 1/8.
+    logits = torch.tensor([-3.0, -1.0, -3.0, -2.0]) * torch.tensor(2.0).log()
+    drawn = {int(draw(logits[None], 1.0, None, 3, number, top_p)) for number in range(300)}
+    assert drawn == {0.2: {1}, 0.49: {1}, 0.74: {1, 3}, 0.76: {0, 1, 2, 3}}[top_p]
+
+
 def test_a_whole_vocabulary_is_drawn_as_by_the_reference(threads):  # noqa: F811
     for scale in (0.0, 0.01, 2.0):
         logits = logits_of(4, 50257, 1, scale)
-        assert torch.equal(draw(logits, 1.0, None, 3, 7), draw_reference(logits, 1.0, None, 3, 7))
+        for top_p in (None, 0.3, 0.95):
+            args = (1.0, None, 3, 7, top_p)
+            assert torch.equal(draw(logits, *args), draw_reference(logits, *args)), (scale, top_p)
 
 
+@pytest.mark.parametrize("top_p", [None, 0.6])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 40])
 @pytest.mark.parametrize("odd", [[NAN], [NAN] * 5, [INF], [-INF] * 60, [-INF] * 67, [9.0] * 6, [0.0, -0.0]], ids=str)
-def test_numbers_that_are_not_finite_and_ties(odd, top_k, isa, threads):  # noqa: F811
+def test_numbers_that_are_not_finite_and_ties(odd, top_k, top_p, isa, threads):  # noqa: F811
     for seed in range(6):
         logits = logits_of(3, 67, seed)
         places = torch.randperm(67, generator=torch.Generator().manual_seed(seed))[: len(odd)]
         logits[:, places] = torch.tensor(odd)
-        args = (0.7, top_k, seed, 1)
+        args = (0.7, top_k, seed, 1, top_p)
         assert torch.equal(draw(logits, *args), draw_reference(logits, *args)), seed
 
 
@@ -67,11 +91,12 @@ def test_rising_and_falling_logits_keep_the_largest(threads):  # noqa: F811
         assert got.unique().numel() > 60 and bool((logits[0, got] >= 2900).all())
 
 
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_drawn_frequencies_are_the_softmax(top_k):
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (3, None), (None, 0.85)])
+def test_drawn_frequencies_are_the_softmax(top_k, top_p):
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -3.0]])
-    tokens = draw(logits.expand(40000, -1), 1 / 1.7, top_k, 11, 0)
-    logits = logits if top_k is None else logits.masked_fill(logits < 0.0, -torch.inf)
+    tokens = draw(logits.expand(40000, -1), 1 / 1.7, top_k, 11, 0, top_p)
+    # Each leaves the three likeliest, whose probabilities are 0.48, 0.27 and 0.15.
+    logits = logits if top_k is None and top_p is None else logits.masked_fill(logits < 0.0, -torch.inf)
     want = torch.softmax(logits[0] / 1.7, 0)
     torch.testing.assert_close(torch.bincount(tokens, minlength=5) / 40000, want, rtol=0, atol=0.01)
 
@@ -87,14 +112,17 @@ def test_steps_are_drawn_independently():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ((1, 4, 1.0, 5, 0, 0, 1), "top_k must be from 0 to 4"),
-        ((1, 4, 1.0, -1, 0, 0, 1), "top_k must be from 0 to 4"),
-        ((1, 4, INF, 0, 0, 0, 1), "inverse_temperature"),
-        ((1, 4, -1.0, 0, 0, 0, 1), "inverse_temperature"),
-        ((1, 4, 1.0, 0, 0, -1, 1), "drawn"),
-        ((1, 4, 1.0, 0, 0, 0, 0), "num_threads"),
-        ((1, 0, 1.0, 0, 0, 0, 1), "logits"),
-        ((2**40, 2**40, 1.0, 0, 0, 0, 1), "too large"),
+        ((1, 4, 1.0, 5, 1.0, 0, 0, 1), "top_k must be from 0 to 4"),
+        ((1, 4, 1.0, -1, 1.0, 0, 0, 1), "top_k must be from 0 to 4"),
+        ((1, 4, INF, 0, 1.0, 0, 0, 1), "inverse_temperature"),
+        ((1, 4, -1.0, 0, 1.0, 0, 0, 1), "inverse_temperature"),
+        ((1, 4, 1.0, 0, 0.0, 0, 0, 1), "top_p"),
+        ((1, 4, 1.0, 0, 1.5, 0, 0, 1), "top_p"),
+        ((1, 4, 1.0, 0, NAN, 0, 0, 1), "top_p"),
+        ((1, 4, 1.0, 0, 1.0, 0, -1, 1), "drawn"),
+        ((1, 4, 1.0, 0, 1.0, 0, 0, 0), "num_threads"),
+        ((1, 0, 1.0, 0, 1.0, 0, 0, 1), "logits"),
+        ((2**40, 2**40, 1.0, 0, 1.0, 0, 0, 1), "too large"),
     ],
 )
 def test_the_kernel_refuses_what_it_cannot_draw(options, text):
@@ -106,7 +134,11 @@ def test_the_kernel_refuses_what_it_cannot_draw(options, text):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, "int8", "int4"], ids=str)
-@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_k": 1}, {"temperature": 1e-39}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 9}, {"top_k": 1}, {"temperature": 1e-39}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.9}],
+    ids=str,
+)
 def test_many_tokens_a_call_are_those_of_one_token_a_call(dtype, options):
     generator = Generator(small_model(context_length=40), dtype)
     rows = rows_of(generator, prompts_of(4, 4), **options)
@@ -151,7 +183,7 @@ def test_past_the_context_the_draws_go_on(overflow):
 def test_the_screened_head_draws_the_same_tokens(monkeypatch):
     monkeypatch.setattr(fast_head, "_SMALLEST", 0)
     model = small_model(context_length=60, vocab_size=900)
-    for options in ({"top_k": 5}, {"top_k": 128}, {"top_k": 129}, {}):
+    for options in ({"top_k": 5}, {"top_k": 128}, {"top_k": 129}, {"top_k": 9, "top_p": 0.6}, {"top_p": 0.6}, {}):
         screened, plain = (Generator(model, shortcuts=shortcuts) for shortcuts in (True, False))
         assert rows_of(screened, prompts_of(3), 40, **options) == rows_of(plain, prompts_of(3), 40, **options)
 

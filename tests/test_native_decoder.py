@@ -273,7 +273,7 @@ def test_damaged_arguments_raise_and_do_not_crash():
     for steps in (-1, 2**62):
         with pytest.raises(ValueError):
             decoder.weights.decoder.generate(
-                decoder.cache.buffer.data_ptr(), 0, 2, 12, zeros.data_ptr(), 1, steps, -1, 0, 1, 0.0, 0, 0, 0
+                decoder.cache.buffer.data_ptr(), 0, 2, 12, zeros.data_ptr(), 1, steps, -1, 0, 1, 0.0, 0, 1.0, 0, 0
             )
 
 

@@ -129,7 +129,7 @@ class NativeDecoder:
             tokens, rows, positions: (count,) int64 on the CPU: the newest token of each row.
             steps: how many tokens at most.
             eos_id: the token that ends a row, or None.
-            sampling: how they are chosen: greedy, or drawn from a seed, without top_p.
+            sampling: how they are chosen: greedy, or drawn from a seed.
             drawn: how many tokens were drawn before in each row.
 
         Returns:
@@ -144,7 +144,8 @@ class NativeDecoder:
         done = self.weights.decoder.generate(
             *self._cache_place(), self.batch, self.cache.capacity, entries.data_ptr(), count, steps,
             -1 if eos_id is None else eos_id, out.data_ptr(), self.threads(),
-            sampling.inverse_temperature, int(sampling.top_k or 0), unsigned(int(sampling.seed or 0)), drawn,
+            sampling.inverse_temperature, int(sampling.top_k or 0), float(sampling.top_p or 1.0),
+            unsigned(int(sampling.seed or 0)), drawn,
         )  # fmt: skip
         return out[:done].t()
 
@@ -298,7 +299,7 @@ class NativeEngine(CachedEngine):
         """
         if not self.filled or self._decoder is None or self.starts is None:
             return None
-        here = sampling.greedy or (sampling.seed is not None and sampling.top_p is None)
+        here = sampling.greedy or sampling.seed is not None
         if not here or (sampling.top_k or 0) > self.weights.n_logits:
             return None
         if self._foreseen:

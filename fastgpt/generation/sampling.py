@@ -87,9 +87,8 @@ class Sampling:
         if self.seed is None:
             return torch.multinomial(self._probabilities(logits), num_samples=1).squeeze(1)
         top_k = None if self.top_k is None else int(self.top_k)
-        if self.top_p is not None:
-            logits, top_k = logits.masked_fill(self._probabilities(logits) == 0.0, -torch.inf), None
-        return draw(logits, self.inverse_temperature, top_k, int(self.seed), drawn)
+        top_p = None if self.top_p is None else float(self.top_p)
+        return draw(logits, self.inverse_temperature, top_k, int(self.seed), drawn, top_p)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         """What tokens are drawn with, (batch, vocab_size): 0 where top_k and top_p leave them out."""

@@ -65,6 +65,7 @@ struct HeadScreen {
 struct DrawOptions {
   float inverse_temperature;
   int64_t top_k;  // 0 for no limit
+  double top_p;   // 1 for no limit
   uint64_t seed;
   int64_t drawn;  // tokens that each row has drawn before
 };

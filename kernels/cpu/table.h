@@ -205,7 +205,7 @@ struct KernelTable {
   void (*decoder_pack)(const DecoderPackArgs&);
   int64_t (*screen_floats)(int64_t n_in, int64_t n_wanted, int64_t top_k, int num_threads);
   void (*screen_rows)(const ScreenRowsArgs&);
-  int64_t (*draw_bytes)(int64_t count, int64_t top_k, int num_threads);
+  int64_t (*draw_bytes)(int64_t count, int64_t n, const DrawOptions&, int num_threads);
   void (*draw_tokens)(const DrawArgs&);
   int64_t (*attention_forward_floats)(const AttentionSizes&, int num_threads);
   void (*attention_forward)(const AttentionForwardArgs&);
