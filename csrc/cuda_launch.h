@@ -39,12 +39,15 @@ struct AttentionCall {
   void* stream;
 };
 
-// head_dim from 1 to 128. lse, delta: (batch, n_heads, q_len) float32; backward writes delta.
+// head_dim from 1 to 128. lse: (batch, n_heads, q_len) float32.
 int attention_forward(HeadsRef out, float* lse, HeadsRef q, HeadsRef k, HeadsRef v, const AttentionCall& call);
 // The same on a GPU of compute capability 9.0: no stride of 0 along an axis of several elements.
 int attention_forward_hopper(HeadsRef out, float* lse, HeadsRef q, HeadsRef k, HeadsRef v, const AttentionCall& call);
+// delta: scratch of 2 (batch, n_heads, q_len rounded up to a multiple of 64), a multiple of 16 bytes.
 int attention_backward(HeadsRef dq, HeadsRef dk, HeadsRef dv, float* delta, HeadsRef dout, HeadsRef q, HeadsRef k,
                        HeadsRef v, HeadsRef out, const float* lse, const AttentionCall& call);
+int attention_backward_hopper(HeadsRef dq, HeadsRef dk, HeadsRef dv, float* delta, HeadsRef dout, HeadsRef q,
+                              HeadsRef k, HeadsRef v, HeadsRef out, const float* lse, const AttentionCall& call);
 
 struct DecodeCall {
   int64_t batch, n_heads, max_len, head_dim;

@@ -143,6 +143,7 @@ void attention_forward(Address out, const Strides& out_strides, Address lse, Add
                what);
 }
 
+template <decltype(&cuda::attention_backward) kLaunch>
 void attention_backward(Address dq, const Strides& dq_strides, Address dk, const Strides& dk_strides, Address dv,
                         const Strides& dv_strides, Address delta, Address dout, const Strides& dout_strides, Address q,
                         const Strides& q_strides, Address k, const Strides& k_strides, Address v,
@@ -152,14 +153,16 @@ void attention_backward(Address dq, const Strides& dq_strides, Address dk, const
   const char* what = "attention_backward";
   const cuda::AttentionCall call =
       attention_call(sizes, softmax_scale, seed, dropout_threshold, dtype_code, stream, what);
-  const int64_t rows = multiply(multiply(call.batch, call.n_heads, what), call.q_len, what);
-  check_launch(cuda::attention_backward(
-                   writable(dq, dq_strides, call, call.q_len, what), writable(dk, dk_strides, call, call.k_len, what),
-                   writable(dv, dv_strides, call, call.k_len, what), float_pointer(delta, rows, what),
-                   readable(dout, dout_strides, call, call.q_len, what), readable(q, q_strides, call, call.q_len, what),
-                   readable(k, k_strides, call, call.k_len, what), readable(v, v_strides, call, call.k_len, what),
-                   heads(out, out_strides, call, call.q_len, what), float_pointer(lse, rows, what), call),
-               what);
+  const int64_t heads_count = multiply(call.batch, call.n_heads, what), rows = multiply(heads_count, call.q_len, what);
+  const int64_t scratch = multiply(heads_count, 2 * ((call.q_len + 63) / 64 * 64), what);
+  require(delta % 16 == 0, "attention_backward: delta must be aligned to 16 bytes");
+  check_launch(
+      kLaunch(writable(dq, dq_strides, call, call.q_len, what), writable(dk, dk_strides, call, call.k_len, what),
+              writable(dv, dv_strides, call, call.k_len, what), float_pointer(delta, scratch, what),
+              readable(dout, dout_strides, call, call.q_len, what), readable(q, q_strides, call, call.q_len, what),
+              readable(k, k_strides, call, call.k_len, what), readable(v, v_strides, call, call.k_len, what),
+              readable(out, out_strides, call, call.q_len, what), float_pointer(lse, rows, what), call),
+      what);
 }
 
 // strides: of q (batch, head), k_cache and v_cache (batch, head, row). sizes: batch, n_heads, max_len, head_dim.
@@ -202,7 +205,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("layer_norm_backward", &fastgpt::layer_norm_backward);
   module.def("attention_forward", &fastgpt::attention_forward<fastgpt::cuda::attention_forward>);
   module.def("attention_forward_hopper", &fastgpt::attention_forward<fastgpt::cuda::attention_forward_hopper>);
-  module.def("attention_backward", &fastgpt::attention_backward);
+  module.def("attention_backward", &fastgpt::attention_backward<fastgpt::cuda::attention_backward>);
+  module.def("attention_backward_hopper", &fastgpt::attention_backward<fastgpt::cuda::attention_backward_hopper>);
   module.def("decode_attention", &fastgpt::decode_attention);
   fastgpt::bind_cuda_decoder(module);
   fastgpt::bind_cuda_rows(module);

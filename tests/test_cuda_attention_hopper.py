@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulation import as_cuda_backend, emulate
-from test_cuda_attention import PACKED, ROOM, check, draw
+from test_cuda_attention import PACKED, ROOM, check, draw, with_gradients
 
 from fastgpt import ops
 from fastgpt.ops import philox
@@ -21,6 +21,17 @@ def emulated():
     emulated = emulate()
     with as_cuda_backend(emulated, ROOM.OP, PACKED.OP, hopper=True):
         yield emulated
+
+
+@pytest.fixture
+def backward_of_hopper(emulated, monkeypatch):
+    """Whether the gradients came from the kernels of sm_90a: one entry for each call."""
+    calls = []
+    launch = emulated.module.attention_backward_hopper
+    monkeypatch.setattr(
+        emulated.module, "attention_backward_hopper", lambda *arguments: calls.append(1) or launch(*arguments)
+    )
+    return calls
 
 
 def truth(q, k, v, dtype=torch.float64, weigh=lambda weights: weights):
@@ -79,10 +90,68 @@ def test_every_head_dim_up_to_128_is_within_the_bound(emulated, head_dim, dtype)
     check([q, k, v], dout)
 
 
-@pytest.mark.parametrize("lengths", [(200, 200), (5, 130)])
-def test_gradients_from_its_log_sum_exp_are_within_the_bound(emulated, lengths):
-    *inputs, dout = draw(2, 2, *lengths, 64, torch.bfloat16)
-    check(inputs, dout)
+# Backward, a warpgroup owns 64 rows, a block 128, and reads 64 at a time.
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [(3, 3), (64, 64), (65, 65), (129, 129), (5, 130), (66, 131), (200, 200)])
+def test_gradients_are_within_the_bound(emulated, backward_of_hopper, lengths, head_dim, dropout_p):
+    emulated.order(sum(lengths))
+    *inputs, dout = draw(1, 2, *lengths, head_dim, torch.bfloat16)
+    check(inputs, dout, dropout_p=dropout_p)
+    assert backward_of_hopper
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_a_block_takes_many_tiles_of_gradients_one_after_another(emulated, dropout_p):
+    # Three blocks, 2 x 3 heads of two tiles each; the last warpgroups own nothing.
+    *inputs, dout = draw(2, 3, 140, 190, 64, torch.float16)
+    check(inputs, dout, dropout_p=dropout_p)
+
+
+def gradients(inputs, dout, dropout_p):
+    torch.manual_seed(0)
+    return with_gradients(lambda *qkv: ops.causal_attention(*qkv, dropout_p=dropout_p, backend="cuda"), inputs, dout)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_gradients_do_not_depend_on_the_order_of_threads_and_copies(emulated, dropout_p):
+    *inputs, dout = draw(1, 2, 200, 200, 64, torch.bfloat16)
+    results = []
+    for seed in (1, 2, 3):
+        emulated.order(seed)
+        results.append(gradients(inputs, dout, dropout_p))
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_path_of_any_gpu_runs_its_gradients_too(emulated, backward_of_hopper):
+    *inputs, dout = draw(1, 1, 66, 66, 64, torch.bfloat16)
+    with BACKEND.cuda_path("sm_80"):
+        check(inputs, dout)
+    assert not backward_of_hopper
+
+
+def test_everything_dropped_gives_zeros(emulated):
+    *inputs, dout = draw(1, 1, 65, 65, 64, torch.bfloat16)
+    assert all((x == 0).all() for x in gradients(inputs, dout, 1.0))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_the_packed_gradient_is_written_in_place_and_equals_the_unpacked_one(emulated, dropout_p):
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(2, 130, 3, 2, 64, generator=generator).to(torch.bfloat16)
+    dout = torch.randn(2, 130, 2, 64, generator=generator).to(torch.bfloat16)
+
+    def packed(qkv):
+        return ops.packed_causal_attention(qkv, dropout_p=dropout_p, backend="cuda")
+
+    torch.manual_seed(0)
+    got = with_gradients(packed, [qkv], dout)[1]
+    _, *want = gradients([x.transpose(1, 2) for x in qkv.unbind(2)], dout.transpose(1, 2), dropout_p)
+    assert got.is_contiguous()
+    for a, b in zip(got.unbind(2), want, strict=True):
+        torch.testing.assert_close(a.transpose(1, 2), b, rtol=0, atol=0)
 
 
 def test_a_block_takes_many_tiles_one_after_another(emulated):
@@ -105,11 +174,12 @@ def test_packed_views_are_read_in_place(emulated):
 
 def test_what_lies_around_the_tensors_is_not_read(emulated):
     framed = []
-    for x in draw(1, 2, 129, 129, 40, torch.bfloat16)[:3]:
+    for x in draw(1, 2, 129, 129, 40, torch.bfloat16):
         frame = torch.full((1, 2, 260, 64), torch.nan).to(torch.bfloat16)
         frame[:, :, :129, :40] = x
         framed.append(frame[:, :, :129, :40])
-    check_forward(*framed)
+    check_forward(*framed[:3])
+    check(framed[:3], framed[3])
 
 
 def test_the_result_does_not_depend_on_the_order_of_threads_and_copies(emulated):
@@ -152,3 +222,9 @@ def test_the_path_of_any_gpu_can_be_asked_for(emulated):
 def test_nothing_gives_nothing(emulated, shape):
     inputs = draw(*shape[:2], shape[2], shape[2], shape[3], torch.bfloat16)[:3]
     assert ops.causal_attention(*inputs, backend="cuda").shape == shape
+
+
+def test_no_query_but_keys_gives_zero_gradients(emulated):
+    *inputs, dout = draw(1, 1, 0, 66, 64, torch.bfloat16)
+    _, dq, dk, dv = gradients(inputs, dout, 0.0)
+    assert dq.shape == (1, 1, 0, 64) and (dk == 0).all() and (dv == 0).all()

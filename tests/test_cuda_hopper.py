@@ -8,13 +8,15 @@ import pytest
 import torch
 from cuda_emulation import HOST, compiled
 
+EXCHANGES, READ_BEFORE, WRITTEN_BEFORE, ORDERED_BACKWARDS = range(4)
+LEFTS, LEFT_CHANGED, BYTES_NOT_THERE, BYTES_MISALIGNED = range(4)
 NONE, NOT_THERE, OVERWRITTEN, READ_EARLY, TOO_MANY_BYTES, TOO_MANY_ARRIVALS, NO_INIT, UNEVEN_TURN = range(8)
 
 
 @pytest.fixture(scope="module")
 def library():
     library = ctypes.CDLL(str(compiled([HOST / "hopper_faults.cu", HOST / "controls.cpp"])))
-    library.run_product.restype = ctypes.c_char_p
+    library.run_product.restype = library.run_exchange.restype = library.run_left.restype = ctypes.c_char_p
     library.run_rows_descriptor.restype = library.run_columns_descriptor.restype = ctypes.c_uint64
     library.run_tile_of_round.restype = library.run_swizzled.restype = ctypes.c_uint32
     return library
@@ -59,6 +61,59 @@ def test_a_fault_is_named(product, fault, message):
     # In some orders a copy has ended by chance before it is read.
     errors = [product(fault, seed)[2] for seed in range(8)]
     assert any(error is not None and message in error for error in errors)
+
+
+def exchange(library, fault, seed):
+    library.fastgpt_emulator_seed(ctypes.c_uint64(seed))
+    out = torch.zeros(128, dtype=torch.int32)
+    error = library.run_exchange(ctypes.c_void_p(out.data_ptr()), fault)
+    return out, error.decode() if error else None
+
+
+def test_words_handed_over_between_barriers_arrive(library):
+    t = torch.arange(128, dtype=torch.int32)
+    want = 2 * ((t + 40) % 128) + 1 + 1000 * (t < 32)
+    for seed in range(4):
+        out, error = exchange(library, EXCHANGES, seed)
+        assert error is None
+        torch.testing.assert_close(out, want.int())
+
+
+@pytest.mark.parametrize("fault", [READ_BEFORE, WRITTEN_BEFORE, ORDERED_BACKWARDS])
+def test_words_handed_over_without_a_barrier_are_a_race_in_every_order(library, fault):
+    for seed in range(8):
+        error = exchange(library, fault, seed)[1]
+        # Where the reader happens to come first, its second round finds the race.
+        assert error is not None and "without a barrier between" in error
+
+
+@pytest.fixture
+def left(library):
+    def run(fault, seed=0):
+        library.fastgpt_emulator_seed(ctypes.c_uint64(seed))
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(64, n, generator=generator).half() for n in (16, 64))
+        shift, out = torch.randn(68, generator=generator), torch.zeros(64, 64)
+        error = library.run_left(*(ctypes.c_void_p(x.data_ptr()) for x in (out, a, b, shift)), fault)
+        return out, a.float() @ b[:, :16].float().T + shift[:64], error.decode() if error else None
+
+    return run
+
+
+def test_a_product_from_registers_and_copied_bytes_are_right(left):
+    for seed in range(4):
+        out, want, error = left(LEFTS, seed)
+        assert error is None
+        torch.testing.assert_close(out, want)
+
+
+def test_a_left_factor_changed_under_way_and_misaligned_bytes_are_named(left):
+    assert "changed while the product was under way" in left(LEFT_CHANGED)[2]
+    assert "not aligned to 16" in left(BYTES_MISALIGNED)[2]
+
+
+def test_bytes_read_before_they_are_there_are_nan(left):
+    assert any(left(BYTES_NOT_THERE, seed)[0].isnan().any() for seed in range(8))
 
 
 def test_the_swizzle_puts_eight_rows_in_eight_groups_of_banks(library):
@@ -110,6 +165,22 @@ def test_blocks_of_keys_are_split_where_the_diagonal_begins_and_ends(library):
             seen = [row + k_len - q_len + 1 for row in rows]
             assert out[1] == (-(-max(seen) // 128) if seen else 0)
             assert out[0] == (min(seen) // 128 if seen else 0)
+
+
+def test_blocks_of_queries_are_split_where_the_diagonal_begins_and_ends(library):
+    out = (ctypes.c_int * 3)()
+    for q_len, k_len in [(1, 1), (200, 200), (65, 300), (128, 128), (3, 200), (64, 130)]:
+        blocks = [range(i, min(i + 64, q_len)) for i in range(0, q_len, 64)]
+        for first in range(0, 320, 64):
+            library.run_query_blocks(out, first, 64, 64, q_len, k_len)
+            begin, split, end = out
+            assert end == len(blocks)
+            if first >= k_len:
+                assert begin == split == end
+                continue
+            sees = [[i + k_len - q_len - key for i in block for key in (first, first + 63)] for block in blocks]
+            assert begin == next(i for i, block in enumerate(sees) if max(block) >= 0)
+            assert split == next((i for i, block in enumerate(sees) if min(block) >= 0), end)
 
 
 def test_a_ring_flips_its_phase_each_time_round(library):

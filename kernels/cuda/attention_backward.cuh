@@ -9,8 +9,9 @@
 // factor of the next product: they never see shared memory. The second pass holds the scores transposed, where a lane's
 // eight slots of one Philox draw belong to four warps: each thread draws a few (query, key % 8) for all, one byte each.
 // Bytes: the first pass reads q, dout, out once and k, v for each block of queries; the second k, v once and q, dout
-// for each block of keys. 14 head_dim operations for each visible (query, key). float32 sums; p and ds rounded to 16
-// bits. Paper: Dao, "FlashAttention-2", 2023.
+// for each block of keys. At head_dim 128 with dropout, blocks of 16: those of 32 spill 16 bytes. 14 head_dim
+// operations for each visible (query, key). float32 sums; p and ds rounded to 16 bits. Paper: Dao, "FlashAttention-2",
+// 2023.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -35,14 +36,6 @@ struct QueriesTile {
   static constexpr int kKeys = kD == 64 ? 64 : kDropout ? 16 : 32;
   static constexpr size_t kSharedBytes = (2 * kBlock + 4 * kKeys) * kD * 2;
 };
-
-// delta of 8 rows at a time: four lanes a row.
-template <class T>
-__device__ inline float row_product(const T* a, const T* b, int head_dim) {
-  float sum = 0.0f;
-  for (int i = threadIdx.x % 4; i < head_dim; i += 4) sum += to_float(a[i]) * to_float(b[i]);
-  return row_sum(sum);
-}
 
 template <class T, int kD, bool kDropout>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
@@ -85,8 +78,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     const int i = row + half * 8;
     // All four lanes of a row come to its shuffles, whether the row exists or not.
     const int safe = min(i, sizes.q_len - 1);
-    const float d = row_product(dout_head + static_cast<int64_t>(safe) * in.dout.row_stride,
-                                out.head(batch, h) + static_cast<int64_t>(safe) * out.row_stride, sizes.head_dim);
+    const float d = row_product<kD>(dout_head + static_cast<int64_t>(safe) * in.dout.row_stride,
+                                    out.head(batch, h) + static_cast<int64_t>(safe) * out.row_stride, sizes.head_dim);
     if (i >= sizes.q_len) continue;
     row_delta[half] = d;
     lse2[half] = lse[head * sizes.q_len + i] * kLog2E;
@@ -145,20 +138,6 @@ struct KeysTile {
   static constexpr size_t kSharedBytes = kTiles + 2 * kQueries * (2 * sizeof(float) + 8);
 };
 
-// The mask bytes of a block of queries against 64 keys: bit s of byte (query, r) is key 8 s + r.
-template <int kQueries>
-__device__ inline void draw_mask(uint32_t* mask, int64_t first_query, int64_t first_key, uint32_t head,
-                                 const Dropout& dropout) {
-  for (int i = threadIdx.x; i < kQueries * 2; i += kBackwardThreads) {
-    const uint32_t c0 = static_cast<uint32_t>(first_key / 8) + i % 2 * 4,
-                   c1 = static_cast<uint32_t>(first_query + i / 2);
-    uint32_t bytes = 0;
-#pragma unroll 1
-    for (int r = 0; r < 4; ++r) bytes |= dropout.keep(c0 + r, c1, head) << (8 * r);
-    store_shared(mask + i, bytes);
-  }
-}
-
 template <class T, int kD, bool kDropout>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     attention_backward_dkdv_kernel(Heads<T> dk, Heads<T> dv, BackwardInputs<T> in, const float* lse, const float* delta,
@@ -196,7 +175,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       store_shared(statistics + (stage * 2 + 1) * kQueries + i, exists ? delta[head * sizes.q_len + row] : 0.0f);
     }
     if (kDropout)
-      draw_mask<kQueries>(masks + stage * 2 * kQueries, block * kQueries, first, static_cast<uint32_t>(head), dropout);
+      draw_mask<kQueries, kBackwardThreads>(masks + stage * 2 * kQueries, block * kQueries, first,
+                                            static_cast<uint32_t>(head), dropout);
   };
   copy_rows<T, kD, kBlock, kBackwardThreads>(k_tile, in.k.head(batch, h), in.k.row_stride, first, sizes.k_len,
                                              sizes.head_dim);

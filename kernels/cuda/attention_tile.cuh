@@ -144,5 +144,36 @@ __device__ inline float row_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
+// The product of two rows, 8 at a time: four lanes a row. Both begin at multiples of 16 bytes.
+template <int kD, class T>
+__device__ inline float row_product(const T* a, const T* b, int head_dim) {
+  float sum = 0.0f;
+  const int t = threadIdx.x % 4, whole = head_dim / 8 * 8;
+#pragma unroll
+  for (int i = 0; i < kD; i += 32) {
+    if (i + t * 8 >= whole) continue;
+    const Pack<T> x = *reinterpret_cast<const Pack<T>*>(a + i + t * 8);
+    const Pack<T> y = *reinterpret_cast<const Pack<T>*>(b + i + t * 8);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum += to_float(x.values[e]) * to_float(y.values[e]);
+  }
+  for (int i = whole + t; i < head_dim; i += 4) sum += to_float(a[i]) * to_float(b[i]);
+  return row_sum(sum);
+}
+
+// The dropout mask of kQueries queries against 64 keys, by kThreads threads: bit s of byte (query, r) is key 8 s + r.
+template <int kQueries, int kThreads>
+__device__ inline void draw_mask(uint32_t* mask, int64_t first_query, int64_t first_key, uint32_t head,
+                                 const Dropout& dropout) {
+  for (int i = threadIdx.x % kThreads; i < kQueries * 2; i += kThreads) {
+    const uint32_t c0 = static_cast<uint32_t>(first_key / 8) + i % 2 * 4,
+                   c1 = static_cast<uint32_t>(first_query + i / 2);
+    uint32_t bytes = 0;
+#pragma unroll 1
+    for (int r = 0; r < 4; ++r) bytes |= dropout.keep(c0 + r, c1, head) << (8 * r);
+    store_shared(mask + i, bytes);
+  }
+}
+
 }  // namespace cuda
 }  // namespace fastgpt

@@ -62,6 +62,11 @@ __device__ inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
       : "memory");
 }
 
+// Shared memory by address, for ordinary accesses.
+__device__ inline void* shared_pointer(SharedAddress address) {
+  return dynamic_shared() + (address - shared_address(dynamic_shared()));
+}
+
 // Barriers among some warps of the block, by number from 1; `threads` counts all that arrive or wait.
 __device__ inline void named_wait(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

@@ -80,5 +80,27 @@ __host__ __device__ constexpr KeyBlocks key_blocks(int first, int queries, int k
   return {(first + offset + 1) / keys, (end + offset + keys - 1) / keys};
 }
 
+// Blocks begin .. end - 1, of which those on one side of `split` meet the diagonal.
+struct BlockRange {
+  int begin, split, end;
+};
+
+// The other way round: the blocks of `queries` queries that see any of the keys first .. first + keys - 1. From `split`
+// on every query sees every key. No key exists: nothing, at the end.
+__host__ __device__ constexpr BlockRange query_blocks(int first, int keys, int queries, int q_len, int k_len) {
+  const int offset = k_len - q_len, end = (q_len + queries - 1) / queries;
+  if (first >= k_len) return {end, end, end};
+  const int begin = (first > offset ? first - offset : 0) / queries, last = first + keys - 1 - offset;
+  const int split = last > 0 ? (last + queries - 1) / queries : 0;
+  return {begin, split < begin ? begin : split < end ? split : end, end};
+}
+
+constexpr int kGradientRows = 64;  // of a block that the backward passes read
+
+// For how many queries of a head the first backward pass leaves statistics behind: those of whole blocks.
+__host__ __device__ constexpr int64_t statistics_rows(int64_t q_len) {
+  return (q_len + kGradientRows - 1) / kGradientRows * kGradientRows;
+}
+
 }  // namespace cuda
 }  // namespace fastgpt

@@ -21,7 +21,11 @@ inline int multiprocessors = 3;
 inline uint64_t arrivals = 0;
 
 // The last accesses to 2 bytes of global memory: between which barriers of the grid, and of which block (-2: several).
-inline std::unordered_map<uintptr_t, Watch> global_watches;
+struct GlobalWatch {
+  int64_t written = -1, read = -1;
+  int writer = -1, reader = -1;
+};
+inline std::unordered_map<uintptr_t, GlobalWatch> global_watches;
 // Barriers of the grid that each thread has passed, by block and thread.
 inline std::vector<std::vector<int64_t>> grid_barriers;
 
@@ -31,7 +35,7 @@ inline void watch_global(const void* address, size_t bytes, bool write) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
   if (begin % bytes) fail("an access to global memory is not aligned");
   for (uintptr_t place = begin / 2; place <= (begin + bytes - 1) / 2; ++place) {
-    Watch& w = global_watches[place];
+    GlobalWatch& w = global_watches[place];
     if ((w.written == epoch && w.writer != mine) || (write && w.read == epoch && w.reader != mine))
       fail("two blocks access the same global memory without a barrier of the grid between, and one writes");
     if (write) {

@@ -51,6 +51,7 @@ inline unsigned char* emulated_shared(uint32_t address, int bytes) {
 }
 
 using SharedAddress = uint32_t;
+inline void* shared_pointer(SharedAddress address) { return emulated_shared(address, 1); }
 constexpr int kBarrierBytes = 8;
 
 inline emulator::PhaseBarrier& emulated_barrier(SharedAddress barrier) {
@@ -62,7 +63,7 @@ inline emulator::PhaseBarrier& emulated_barrier(SharedAddress barrier) {
 inline void barrier_init(SharedAddress barrier, int arrivals) {
   emulated_shared(barrier, kBarrierBytes);
   if (barrier % kBarrierBytes) emulator::fail("a barrier is not aligned to 8 bytes");
-  emulator::block->phase_barriers[barrier] = {arrivals, arrivals, 0, 0};
+  emulator::block->phase_barriers[barrier] = {arrivals, arrivals, 0, 0, {}};
 }
 
 inline void barrier_init_fence() {}
@@ -72,6 +73,7 @@ inline void barrier_arrive_and_expect(SharedAddress barrier, int bytes) { emulat
 inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
   const emulator::PhaseBarrier& b = emulated_barrier(barrier);
   while (b.phases % 2 == parity) emulator::wait_while(b.phases, b.phases);
+  emulator::self().clock.hear(b.told);
 }
 
 inline void named_wait(int number, int threads) { emulator::named_barrier(number, threads, true); }

@@ -38,6 +38,21 @@ constexpr size_t kWatched = 16;  // bytes
 // Where a block's dynamic shared memory begins in the 32-bit addresses of shared memory.
 constexpr uint32_t kSharedBase = 128;
 
+// How far each warp had come when it was last heard of: an arrival at a barrier tells it, who waits there hears it.
+struct Clock {
+  std::vector<int64_t> times;
+
+  int64_t of(int warp) const { return warp < static_cast<int>(times.size()) ? times[warp] : 0; }
+  void hear(const Clock& other) {
+    if (times.size() < other.times.size()) times.resize(other.times.size());
+    for (size_t i = 0; i < other.times.size(); ++i) times[i] = std::max(times[i], other.times[i]);
+  }
+  void go_on(int warp) {
+    if (static_cast<int>(times.size()) <= warp) times.resize(warp + 1);
+    ++times[warp];
+  }
+};
+
 // One asynchronous copy that has been issued and not been waited for.
 struct Copy {
   unsigned char* to;
@@ -78,7 +93,7 @@ struct Thread {
   // It may go on when this counter has left this value.
   const uint64_t* waits_for = nullptr;
   uint64_t value = 0;
-  int64_t barriers = 0;  // passed so far: what happened between two barriers of the block has the same number
+  Clock clock;
   std::deque<Copy> copies;
   int groups = 0;
   Accumulators accumulators;
@@ -94,12 +109,9 @@ struct PhaseBarrier {
   int arrivals, pending;
   int64_t bytes;
   uint64_t phases;  // that are over
+  Clock told;
 
-  void arrive(int more_bytes) {
-    bytes += more_bytes;
-    --pending;
-    end_phase();
-  }
+  void arrive(int more_bytes);
   void copied(int done_bytes) {
     bytes -= done_bytes;
     end_phase();
@@ -112,12 +124,14 @@ struct Meeting {
   int arrived = 0;
   uint64_t generation = 0;
   void* slots[kLanes] = {};
+  Clock told, heard;  // by this generation; by the last one
 };
 
-// The last accesses to 16 bytes of shared memory: between which barriers, and of which warp (-2: of several).
+// The last accesses to 16 bytes of shared memory: of which warps, and when by their clocks.
 struct Watch {
-  int64_t written = -1, read = -1;
-  int writer = -1, reader = -1;
+  int writer = -1;
+  int64_t written = 0;
+  std::vector<std::pair<int, int64_t>> readers;  // since then
 };
 
 struct Block {
@@ -167,6 +181,15 @@ inline void Thread::finish_product() {
   accumulators.kept.erase(c);
 }
 
+inline void PhaseBarrier::arrive(int more_bytes) {
+  Thread& t = self();
+  t.clock.go_on(warp_of(t));
+  told.hear(t.clock);
+  bytes += more_bytes;
+  --pending;
+  end_phase();
+}
+
 inline void PhaseBarrier::end_phase() {
   if (pending < 0) fail("more threads arrive at a barrier than it waits for");
   if (pending > 0 || bytes != 0) return;
@@ -201,27 +224,28 @@ void meet(const char* what, void* brought, Op op) {
   ++warp.generation;
 }
 
-inline void sync_threads() {
-  Meeting& barrier = block->barrier;
-  if (++barrier.arrived < static_cast<int>(block->threads.size())) {
-    wait_while(barrier.generation, barrier.generation);
-  } else {
-    barrier.arrived = 0;
-    ++barrier.generation;
-  }
-  ++self().barriers;
-}
-
-// bar.sync, or bar.arrive where not `waits`.
-inline void named_barrier(int number, int threads, bool waits) {
-  if (number < 1 || number > 15 || threads % kLanes != 0) fail("a named barrier that no GPU has");
-  Meeting& barrier = block->named[number];
+// Arrives at a barrier of so many threads, and where it `waits` goes on when all have.
+inline void arrive_at(Meeting& barrier, int threads, bool waits) {
+  Thread& t = self();
+  t.clock.go_on(warp_of(t));
+  barrier.told.hear(t.clock);
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
+    barrier.heard = std::move(barrier.told);
+    barrier.told = Clock{};
     ++barrier.generation;
   } else if (waits) {
     wait_while(barrier.generation, barrier.generation);
   }
+  if (waits) t.clock.hear(barrier.heard);
+}
+
+inline void sync_threads() { arrive_at(block->barrier, static_cast<int>(block->threads.size()), true); }
+
+// bar.sync, or bar.arrive where not `waits`.
+inline void named_barrier(int number, int threads, bool waits) {
+  if (number < 1 || number > 15 || threads % kLanes != 0) fail("a named barrier that no GPU has");
+  arrive_at(block->named[number], threads, waits);
 }
 
 // Ends one copy of TMA that is under way, which one the seed says; false when there is none.
@@ -244,17 +268,26 @@ inline void watch(const void* address, size_t bytes, bool write) {
   const size_t first = (begin - block->shared) / kWatched, last = (begin + bytes - 1 - block->shared) / kWatched;
   for (size_t i = first; i <= last; ++i) {
     Watch& w = block->watches[i];
-    const bool races =
-        (w.written == t.barriers && w.writer != warp) || (write && w.read == t.barriers && w.reader != warp);
+    // Of its own warp and of what it has heard of, a thread knows that it is over.
+    const auto over = [&](int other, int64_t time) { return other == warp || t.clock.of(other) >= time; };
+    bool races = w.writer >= 0 && !over(w.writer, w.written);
+    if (write)
+      for (const auto& [reader, read] : w.readers) races = races || !over(reader, read);
     if (races)
       fail("two warps access byte " + std::to_string(i * kWatched) +
            " of shared memory without a barrier between, and one writes");
+    const int64_t now = t.clock.of(warp) + 1;  // told by the next arrival
     if (write) {
-      w.written = t.barriers;
+      w.written = now;
       w.writer = warp;
+      w.readers.clear();
     } else {
-      w.reader = w.read == t.barriers && w.reader != warp ? -2 : warp;
-      w.read = t.barriers;
+      const auto mine =
+          std::find_if(w.readers.begin(), w.readers.end(), [&](const auto& reader) { return reader.first == warp; });
+      if (mine == w.readers.end())
+        w.readers.push_back({warp, now});
+      else
+        mine->second = now;
     }
   }
 }
@@ -297,7 +330,7 @@ inline void run_block(Block& b, std::mt19937_64& random) {
   for (auto& t : b.threads) {
     t->done = false;
     t->waits_for = nullptr;
-    t->barriers = 0;
+    t->clock = Clock{};
     t->copies.clear();
     t->groups = 0;
     t->accumulators.kept.clear();

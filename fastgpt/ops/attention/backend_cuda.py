@@ -1,6 +1,6 @@
 """Causal attention in CUDA C++: kernels/cuda/attention.cuh and attention_backward.cuh.
 
-On Hopper the forward takes kernels/cuda/attention_hopper.cuh, unless `cuda_path("sm_80")` or
+On Hopper calls run kernels/cuda/attention_hopper.cuh and attention_backward_hopper.cuh, unless `cuda_path("sm_80")` or
 FASTGPT_CUDA_PATH says otherwise.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,24 +27,25 @@ MAX_HEAD_DIM = 128
 # The kernels divide by nothing and fold log2(e) into the scale, so it must be a positive normal number.
 _LEAST_SCALE = 1e-37
 
-_path: ContextVar[str | None] = ContextVar("fastgpt_cuda_path", default=None)
+# Of the whole process: on a GPU autograd runs the backward in a thread of its own, which sees no context variable.
+_path: list[str] = []
 _path_of_environment = functools.cache(env.cuda_path)
 
 
 @contextmanager
 def cuda_path(name: str) -> Iterator[None]:
-    """Inside, calls run "auto", the best kernels for the GPU, or "sm_80", those of any GPU: to race the two.
+    """Inside, the process runs "auto", the best kernels for the GPU, or "sm_80", those of any GPU: to race the two.
 
     Raises:
         ValueError: the name is neither.
     """
     if name not in env.CUDA_PATHS:
         raise ValueError(f"CUDA path {name!r} is not known; use one of: {', '.join(env.CUDA_PATHS)}.")
-    token = _path.set(name)
+    _path.append(name)
     try:
         yield
     finally:
-        _path.reset(token)
+        _path.pop()
 
 
 def why_not(case: Case) -> str | None:
@@ -59,7 +59,7 @@ def why_not(case: Case) -> str | None:
 
 def why_not_hopper(*inputs: Tensor) -> str | None:
     """Why these inputs, aligned as the kernels read them, must be read by the kernels of sm_80, or None."""
-    if (_path.get() or _path_of_environment()) == "sm_80":
+    if (_path[-1] if _path else _path_of_environment()) == "sm_80":
         return "the path sm_80 was asked for"
     if any(size > 1 and stride == 0 for x in inputs for size, stride in zip(x.shape, x.stride(), strict=True)):
         return "TMA reads no axis that is expanded"
@@ -97,13 +97,17 @@ def backward(
     with cuda_support.device_of(q):
         flipped = softmax_scale < 0.0
         q, softmax_scale = _positive(q, softmax_scale)
-        dout, q, k, v = map(_readable, (dout, q, k, v))
-        out = out if out.stride(3) == 1 else out.contiguous()
+        dout, q, k, v, out = map(_readable, (dout, q, k, v, out))
         lse = lse.contiguous()
         dq, dk, dv = map(_like_out, (q, k, v)) if grads is None else grads
-        delta = torch.empty_like(lse)
-        cuda_support.load().attention_backward(
-            dq.data_ptr(), _strides(dq), dk.data_ptr(), _strides(dk), dv.data_ptr(), _strides(dv), delta.data_ptr(),
+        batch, n_heads, q_len = lse.shape
+        # Two numbers a row, and rows to a multiple of 64: the kernels of sm_90a ask for as many.
+        scratch = torch.empty(batch, n_heads, (q_len + 63) // 64 * 64, 2, dtype=torch.float32, device=q.device)
+        module = cuda_support.load()
+        hopper = why_not_hopper(dout, q, k, v) is None
+        launch = module.attention_backward_hopper if hopper else module.attention_backward
+        launch(
+            dq.data_ptr(), _strides(dq), dk.data_ptr(), _strides(dk), dv.data_ptr(), _strides(dv), scratch.data_ptr(),
             dout.data_ptr(), _strides(dout), q.data_ptr(), _strides(q), k.data_ptr(), _strides(k),
             v.data_ptr(), _strides(v), out.data_ptr(), _strides(out), lse.data_ptr(),
             _sizes(q, k), softmax_scale, seed, philox.threshold(dropout_p), DTYPE_CODES[q.dtype],
