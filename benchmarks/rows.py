@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import fastgpt
-from benchmarks import cases, fusion_cases, model_cases
+from benchmarks import cache_cases, cases, fusion_cases, model_cases
 from fastgpt.memory import kept_memory
 from fastgpt.ops import extension
 from fastgpt.timing import race
@@ -81,10 +81,11 @@ def rows_of(case: cases.Case, rounds: int) -> Iterator[dict[str, object]]:
 
 
 def all_cases() -> Iterator[cases.Case]:
-    """Ops, then the whole model."""
+    """Ops, then the whole model, then its cache."""
     yield from cases.op_cases()
     yield from fusion_cases.fusion_cases()
     yield from model_cases.model_cases()
+    yield from cache_cases.cache_cases()
 
 
 def main() -> None:
