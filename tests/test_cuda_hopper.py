@@ -9,7 +9,7 @@ import torch
 from cuda_emulation import HOST, compiled
 
 EXCHANGES, READ_BEFORE, WRITTEN_BEFORE, ORDERED_BACKWARDS = range(4)
-LEFTS, LEFT_CHANGED, BYTES_NOT_THERE, BYTES_MISALIGNED = range(4)
+LEFTS, LEFT_CHANGED, BYTES_NOT_THERE, BYTES_MISALIGNED, NO_BEGIN, NO_COMMIT = range(6)
 NONE, NOT_THERE, OVERWRITTEN, READ_EARLY, TOO_MANY_BYTES, TOO_MANY_ARRIVALS, NO_INIT, UNEVEN_TURN = range(8)
 
 
@@ -107,9 +107,17 @@ def test_a_product_from_registers_and_copied_bytes_are_right(left):
         torch.testing.assert_close(out, want)
 
 
-def test_a_left_factor_changed_under_way_and_misaligned_bytes_are_named(left):
-    assert "changed while the product was under way" in left(LEFT_CHANGED)[2]
-    assert "not aligned to 16" in left(BYTES_MISALIGNED)[2]
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (LEFT_CHANGED, "changed while the product was under way"),
+        (BYTES_MISALIGNED, "not aligned to 16"),
+        (NO_BEGIN, "without products_begin"),
+        (NO_COMMIT, "products that it did not wait for"),
+    ],
+)
+def test_a_fault_around_a_product_from_registers_is_named(left, fault, message):
+    assert message in left(fault)[2]
 
 
 def test_bytes_read_before_they_are_there_are_nan(left):

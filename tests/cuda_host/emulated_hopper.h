@@ -130,7 +130,11 @@ inline void copy_bytes(SharedAddress address, const void* from, int bytes, Share
   });
 }
 
-inline void products_begin() { __syncwarp(); }
+// A GPU needs it only where other instructions wrote registers of the product; here every group must begin so.
+inline void products_begin() {
+  __syncwarp();
+  emulator::self().begun = true;
+}
 
 // A matrix that a descriptor names, as raw bits: (n, 16), n the rows of a K-major or the columns of an MN-major one.
 inline std::vector<uint16_t> emulated_operand(uint64_t word, int n, bool columns) {
@@ -191,6 +195,7 @@ struct EmulatedLane {
 template <class T>
 void emulated_multiply(const EmulatedProduct& product) {
   EmulatedLane mine{product, &emulator::self()};
+  if (!mine.thread->begun) emulator::fail("a product without products_begin before it");
   emulator::meet("wgmma", &mine, [](void** slots) {
     // Shared by the lanes' steps: the step of lane 0 does the work of all.
     auto products = std::make_shared<std::vector<EmulatedProduct>>();
@@ -235,6 +240,7 @@ inline void products_commit() {
   for (emulator::Product& product : t.products)
     if (product.group < 0) product.group = t.product_groups;
   ++t.product_groups;
+  t.begun = false;
 }
 
 template <int kLeft>

@@ -99,6 +99,7 @@ struct Thread {
   Accumulators accumulators;
   std::deque<Product> products;
   int product_groups = 0;
+  bool begun = false;  // products, since the last commit
 
   // The first product is done: its accumulators come back with the last product that has them.
   void finish_product();
@@ -336,6 +337,7 @@ inline void run_block(Block& b, std::mt19937_64& random) {
     t->accumulators.kept.clear();
     t->products.clear();
     t->product_groups = 0;
+    t->begun = false;
     t->fiber.start(&thread_main);
     order.push_back(t.get());
   }
