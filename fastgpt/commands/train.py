@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=int, default=123, help="of weights, batches, dropout, samples (default 123)")
     run.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     run.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: mixed precision")
+    run.add_argument(
+        "--activations", choices=("float32", "bfloat16"), default="float32", help="bfloat16: kept in half the memory"
+    )
 
 
 def settings_from(args: argparse.Namespace) -> PretrainSettings:
@@ -77,6 +80,7 @@ def settings_from(args: argparse.Namespace) -> PretrainSettings:
         seed=args.seed,
         device=args.device,
         dtype=args.dtype,
+        activations=args.activations,
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import memory
+
 _library = torch.library.Library("fastgpt", "DEF")
 
 
@@ -36,6 +38,13 @@ def register(
 def needs_grad(*tensors: Tensor) -> bool:
     """True when autograd records what is done with these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def compact(*activations: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Activations as a Function is to save them: as they are, or in half the memory (`memory.bfloat16_activations`)."""
+    if not memory.keeps_bfloat16():
+        return activations
+    return tuple(t.bfloat16() if t is not None and t.dtype is torch.float32 else t for t in activations)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgpt.data import RandomBatches
 from fastgpt.generation import Generator
+from fastgpt.memory import bfloat16_activations
 from fastgpt.model import GPTModel
 from fastgpt.tokenizer import text_to_token_ids, token_ids_to_text
 from fastgpt.training.checkpoint import load_checkpoint, save_checkpoint
@@ -170,8 +171,11 @@ class Run:
         self.evaluations = [Evaluation(**row) for row in info["evaluations"]]
         self._losses = extra["losses"].tolist()
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        keeping = bfloat16_activations() if self.settings.activations == "bfloat16" else nullcontext()
+        with keeping, torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+            yield
 
 
 @contextmanager

@@ -136,7 +136,7 @@ class _CausalAttention(torch.autograd.Function):
         chosen: ModuleType,
     ) -> Tensor:
         out, lse = chosen.forward(q, k, v, softmax_scale, dropout_p, seed)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(*registration.compact(q, k, v, out), lse)
         ctx.settings = (softmax_scale, dropout_p, seed)
         ctx.chosen = chosen
         return out
@@ -144,7 +144,9 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = ctx.chosen.backward(dout, *ctx.saved_tensors, *ctx.settings)
+        *kept, lse = ctx.saved_tensors
+        q, k, v, out = (tensor.to(dout.dtype) for tensor in kept)
+        dq, dk, dv = ctx.chosen.backward(dout, q, k, v, out, lse, *ctx.settings)
         return dq, dk, dv, None, None, None, None
 
 

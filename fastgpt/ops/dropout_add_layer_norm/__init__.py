@@ -117,7 +117,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         chosen: ModuleType,
     ) -> tuple[Tensor, Tensor]:
         total, normed, mean, rstd = chosen.forward(x, residual, weight, bias, eps, dropout_p, seed)
-        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.save_for_backward(*registration.compact(total), weight, mean, rstd)
         ctx.settings = (dropout_p, seed)
         ctx.chosen = chosen
         # The last norm of a model drops its total: a tensor of zeros would be written and read for nothing.
@@ -129,7 +129,9 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
         total, *saved = ctx.saved_tensors
         if dnormed is None:
-            dnormed = torch.zeros_like(total)
+            assert dtotal is not None, "one of them has a gradient, or autograd would not come here"
+            dnormed = torch.zeros_like(dtotal)
+        total = total.to(dnormed.dtype)
         grads = ctx.chosen.backward(dtotal, dnormed, total, *saved, *ctx.settings)
         return *grads, None, None, None, None
 

@@ -93,14 +93,15 @@ def check(x: Tensor, bias: Tensor | None) -> None:
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, chosen: ModuleType) -> Tensor:
-        ctx.save_for_backward(x, bias)
+        ctx.save_for_backward(*registration.compact(x), bias)
         ctx.chosen = chosen
         return chosen.forward(x, bias)
 
     @staticmethod
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.chosen.backward(dout, *ctx.saved_tensors), None
+        x, bias = ctx.saved_tensors
+        return *ctx.chosen.backward(dout, x.to(dout.dtype), bias), None
 
 
 # The registered op: what torch.compile sees.

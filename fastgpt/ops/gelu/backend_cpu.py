@@ -31,10 +31,10 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns dx = dout · gelu'(x + bias), contiguous, and dbias."""
+def backward(dout: Tensor, x: Tensor, bias: Tensor | None, *, in_place: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Returns dx = dout · gelu'(x + bias), contiguous, and dbias. `in_place` writes dx over a contiguous dout."""
     x, dout = x.contiguous(), dout.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    dx = dout if in_place else torch.empty(x.shape, dtype=x.dtype, device="cpu")
     if x.numel() == 0:
         return dx, None if bias is None else torch.zeros_like(bias)
     bias, address, code = _readable(bias)

@@ -70,14 +70,15 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, chosen: ModuleType) -> Tensor:
         out, mean, rstd = chosen.forward(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.save_for_backward(*registration.compact(x), weight, mean, rstd)
         ctx.chosen = chosen
         return out
 
     @staticmethod
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias = ctx.chosen.backward(dout, *ctx.saved_tensors)
+        x, *saved = ctx.saved_tensors
+        dx, dweight, dbias = ctx.chosen.backward(dout, x.to(dout.dtype), *saved)
         return dx, dweight, dbias, None, None
 
 

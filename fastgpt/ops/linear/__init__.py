@@ -160,7 +160,8 @@ class _PackedLinear(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         # x is read for the gradients of the weights alone, the weights for that of x.
         needs_x, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3 : 3 + count])
-        ctx.save_for_backward(x if needs_weights else None, *(weights if needs_x else (None,) * count))
+        kept = registration.compact(x if needs_weights else None)
+        ctx.save_for_backward(*kept, *(weights if needs_x else (None,) * count))
         ctx.chosen, ctx.shape, ctx.sizes = chosen, x.shape, [weight.shape[0] for weight in weights]  # type: ignore[union-attr]
         return chosen.forward(x, weights, biases)
 
@@ -168,6 +169,7 @@ class _PackedLinear(torch.autograd.Function):
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
+        x = None if x is None else x.to(dout.dtype)
         needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]
         grads = ctx.chosen.backward(dout, x, weights, ctx.shape, ctx.sizes, needs)
         return grads[0], None, None, *grads[1:]

@@ -19,6 +19,7 @@ from fastgpt.ops import registration
 from fastgpt.ops.gelu import check, choose, gelu
 from fastgpt.ops.linear import choose as choose_linear
 from fastgpt.ops.linear import linear, prepare
+from fastgpt.ops.linear.products import matmul_into
 
 
 def gelu_linear(
@@ -64,7 +65,7 @@ class _GeluLinear(torch.autograd.Function):
         activation: ModuleType,
         product: ModuleType,
     ) -> Tensor:
-        ctx.save_for_backward(x, gelu_bias, weight)
+        ctx.save_for_backward(*registration.compact(x), gelu_bias, weight)
         ctx.backends = activation, product
         out: Tensor = product.forward(activation.forward(x, gelu_bias), (weight,), (bias,))
         return out
@@ -73,14 +74,13 @@ class _GeluLinear(torch.autograd.Function):
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, gelu_bias, weight = ctx.saved_tensors
+        x = x.to(dout.dtype)
         activation, product = ctx.backends
         needs_x, needs_gelu_bias, *needs = ctx.needs_input_grad[:4]
-        about = (weight,), x.shape, weight.shape[:1]
-        # The parameters' gradients first: then gelu's output is gone before dx comes.
-        hidden = activation.forward(x, gelu_bias) if needs[0] else None
-        _, dweight, dbias = product.backward(dout, hidden, *about, (False, *needs))
-        del hidden
+        # One buffer for the output of gelu, for its gradient and for dx.
+        hidden = activation.forward(x, gelu_bias)
+        _, dweight, dbias = product.backward(dout, hidden, (weight,), x.shape, weight.shape[:1], (False, *needs))
         if not (needs_x or needs_gelu_bias):
             return None, None, dweight, dbias, None, None
-        dhidden = product.backward(dout, None, *about, (True, False, False))[0]
-        return *activation.backward(dhidden, x, gelu_bias), dweight, dbias, None, None
+        matmul_into(hidden.view(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1]), weight)
+        return *activation.backward(hidden, x, gelu_bias, in_place=True), dweight, dbias, None, None

@@ -89,7 +89,7 @@ class _PackedCausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, softmax_scale: float, dropout_p: float, seed: int, chosen: ModuleType) -> Tensor:
         out, lse = chosen.forward(qkv, softmax_scale, dropout_p, seed)
-        ctx.save_for_backward(qkv, out, lse)
+        ctx.save_for_backward(*registration.compact(qkv, out), lse)
         ctx.settings = (softmax_scale, dropout_p, seed)
         ctx.chosen = chosen
         return out
@@ -97,7 +97,9 @@ class _PackedCausalAttention(torch.autograd.Function):
     @staticmethod
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.chosen.backward(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+        qkv, out, lse = ctx.saved_tensors
+        dqkv = ctx.chosen.backward(dout, qkv.to(dout.dtype), out.to(dout.dtype), lse, *ctx.settings)
+        return dqkv, None, None, None, None
 
 
 # The registered op: what torch.compile sees. The seed is a tensor there, so that drawing it does not break the graph.
