@@ -24,6 +24,7 @@
 //                                          16 exponentials a cycle; head_dim 128: products twice as many)
 //   shared memory read by one block        queries: 384, keys: 512 cycles at 128 bytes   (head_dim 128: 1280, 1536)
 //   L2 to shared memory a cycle            21 and 16 bytes where the products never wait
+//   instructions of a block, a warp        queries: 255, keys: 280      319, 350 (unmasked; two warps a scheduler)
 //
 // 14 head_dim operations for each visible (query, key), where one pass would do with 10: 300 TFLOP/s of the usual count
 // (10) at 1k tokens are 446 of products, the diagonal's 6 % included. The single pass needs dq added up across blocks,
@@ -34,6 +35,8 @@
 //   dv's product beside the gradient of the scores: at head_dim 128 ptxas serializes every product (C7512)
 //   head_dim 128 with dropout: 112 bytes spilled; none with the mask drawn before the products, its bits gathered in a
 //   loop, and a thread's place found anew each time
+//   instructions, head_dim 64: 289 and 356 where each descriptor is made anew from a stage that ptxas does not know to
+//   be uniform, and where lse and delta lie side by side
 //
 // No GPU has run this yet: which descriptors wgmma takes, how well two warpgroups fill each other's gaps, and every
 // figure above but registers are unproven. Papers: those of attention_hopper.cuh and attention_backward.cuh.
@@ -88,7 +91,7 @@ struct GradientConsumer {
 #pragma unroll
       for (int s = 1; s < kD / 16; ++s) multiply_rows<T, true>(c, owned[which][s], rows_descriptor(y, Tile::kRows, s));
     } else {
-      const SharedAddress x = shared.owned(which) + group() * 64 * kPanelRowBytes;
+      const SharedAddress x = uniform(shared.owned(which) + group() * 64 * kPanelRowBytes);
       multiply_rows<T, false>(c, rows_descriptor(x, Tile::kOwned, 0), rows_descriptor(y, Tile::kRows, 0));
 #pragma unroll
       for (int s = 1; s < kD / 16; ++s)
@@ -131,17 +134,21 @@ struct GradientConsumer {
     }
   }
 
-  // lse2 and delta of accumulator (n, i): of its row where queries are owned, of its column where keys are.
+  // lse2 (which: 0) and delta (1) of accumulator (n, i): of its row where queries are owned, of its column where keys
+  // are.
   struct Statistics {
-    float rows[2][kStatistics];
+    struct alignas(8) Pair {
+      float values[2];
+    };
+    float rows[kStatistics][2];
     SharedAddress columns;
 
-    __device__ Pack<float> of(int n) const {
-      if (kKeys) return load_shared(static_cast<const Pack<float>*>(shared_pointer(columns + n * 8 * kStatistics * 4)));
-      return {};
+    __device__ Pair of(int n, int which) const {
+      if (!kKeys) return {};
+      return load_shared(static_cast<const Pair*>(shared_pointer(columns + (which * Tile::kRows + n * 8) * 4)));
     }
-    __device__ float pick(const Pack<float>& column, int i, int which) const {
-      return kKeys ? column.values[i % 2 * kStatistics + which] : rows[i / 2][which];
+    __device__ float pick(const Pair& pair, int i, int which) const {
+      return kKeys ? pair.values[i % 2] : rows[which][i / 2];
     }
   };
 
@@ -158,12 +165,14 @@ struct GradientConsumer {
       const float delta = row_product<kD>(call.dout.head(b, h) + safe * call.dout.row_stride,
                                           call.out.head(b, h) + safe * call.out.row_stride, sizes.head_dim);
       const bool exists = row < sizes.q_len;
-      statistics.rows[half][0] = exists ? call.lse[int64_t{tile.head} * sizes.q_len + safe] * kLog2E : INFINITY;
-      statistics.rows[half][1] = exists ? delta : 0.0f;
+      statistics.rows[0][half] = exists ? call.lse[int64_t{tile.head} * sizes.q_len + safe] * kLog2E : INFINITY;
+      statistics.rows[1][half] = exists ? delta : 0.0f;
       const int64_t rows = statistics_rows(sizes.q_len);
       if (lane() % 4 == 0 && row < rows)
-        for (int i = 0; i < kStatistics; ++i)
-          call.statistics[(tile.head * rows + row) * kStatistics + i] = statistics.rows[half][i];
+        for (int i = 0; i < kStatistics; ++i) {
+          const int64_t block = tile.head * rows + row / kGradientRows * kGradientRows;
+          call.statistics[block * kStatistics + i * kGradientRows + row % kGradientRows] = statistics.rows[i][half];
+        }
     }
   }
 
@@ -173,10 +182,10 @@ struct GradientConsumer {
     const float scale2 = call.sizes.scale * kLog2E;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const Pack<float> column = statistics.of(n);
+      const auto lse2 = statistics.of(n, 0);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scores[n][i] = fast_exp2(scores[n][i] * scale2 - statistics.pick(column, i, 0));
+        scores[n][i] = fast_exp2(scores[n][i] * scale2 - statistics.pick(lse2, i, 0));
         const int at = n * 8 + i % 2 - i / 2 * 8;
         if (kMasked && (kKeys ? at < edge : at > edge)) scores[n][i] = 0.0f;
       }
@@ -226,7 +235,7 @@ struct GradientConsumer {
       uint32_t left[kN / 2][4] = {}, kept[2] = {};
 
       const auto step = [&](int j, auto masked) {
-        const int stage = blocks.stage;
+        const int stage = static_cast<int>(uniform(blocks.stage));
         if (kDropout && !Tile::kOverlaps) draw(kept, tile, j);
         barrier_wait(shared.full(stage), blocks.phase);
         start_rows(scores, owned, 0, stage);
@@ -238,7 +247,7 @@ struct GradientConsumer {
         hold(first);
         hold(left);
         if (j > mine.begin) release(shared.empty((stage + Tile::kStages - 1) % Tile::kStages));
-        if (kKeys) statistics.columns = shared.statistics(stage) + lane() % 4 * 2 * kStatistics * 4;
+        if (kKeys) statistics.columns = shared.statistics(stage) + lane() % 4 * 2 * 4;
         weigh<decltype(masked)::value>(scores, statistics, edge0 - j * Tile::kRows);
         if constexpr (kKeys) {
           if (kDropout) {
@@ -264,12 +273,12 @@ struct GradientConsumer {
         hold(dweights);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
-          const Pack<float> column = statistics.of(n);
+          const auto delta = statistics.of(n, 1);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float dweight = dweights[n][i];
             if (kDropout) dweight = keeps(kept, n, i) ? dweight * dropout.scale : 0.0f;
-            scores[n][i] *= dweight - statistics.pick(column, i, 1);
+            scores[n][i] *= dweight - statistics.pick(delta, i, 1);
           }
         }
         if constexpr (kKeys && Tile::kOverlaps) {

@@ -40,7 +40,7 @@ struct GradientCall {
   Heads<T> first, second;    // dq; or dk, dv
   Heads<const T> dout, out;  // of the pass over queries
   const float* lse;
-  float* statistics;  // (heads, q_len to full blocks of 64, kStatistics)
+  float* statistics;  // (heads, blocks of 64 queries, kStatistics, 64)
   AttentionSizes sizes;
 };
 

@@ -17,7 +17,8 @@
 //                                       exponentials, 512 cycles at 16 a cycle   (head_dim 128: 4.2, 1024; 512)
 // So at head_dim 64 half of the peak is lost where exponentials and products do not overlap. Dropout draws the bits of
 // a block while its scores are under way, two draws at a time: with all eight at once, with the rounds' keys made from
-// the seed, or with three warpgroups at head_dim 64, registers spill (704, 372 and 132 bytes).
+// the seed, or with three warpgroups at head_dim 64, registers spill (704, 372 and 132 bytes). An unmasked block is 446
+// instructions of a warp (head_dim 128: 506); 488 (560) before descriptors were made in uniform registers.
 //
 // No GPU has run this yet. Papers: Shah et al., "FlashAttention-3", 2024, and those of attention.cuh.
 #pragma once
@@ -176,8 +177,8 @@ struct HopperConsumer {
   __device__ void give_turn() const { named_arrive(1 + (group + 1) % Tile::kConsumers, kTurnThreads); }
 
   __device__ void start_scores(float (&scores)[kN][4], int stage) const {
-    const uint32_t q = shared.q() + group * 64 * kPanelRowBytes;
-    const uint32_t k = shared.k(stage);
+    const uint32_t q = uniform(shared.q() + group * 64 * kPanelRowBytes);
+    const uint32_t k = uniform(shared.k(stage));
     products_begin();
     multiply_rows<T, false>(scores, rows_descriptor(q, Tile::kQueries, 0), rows_descriptor(k, Tile::kKeys, 0));
 #pragma unroll
@@ -187,7 +188,7 @@ struct HopperConsumer {
   }
 
   __device__ void start_sums(float (&sums)[kD / 8][4], const uint32_t (&left)[kN / 2][4]) const {
-    const uint32_t v = shared.v(values.stage);
+    const uint32_t v = uniform(shared.v(values.stage));
     products_begin();
 #pragma unroll
     for (int s = 0; s < kN / 2; ++s) multiply_columns<T>(sums, left[s], columns_descriptor(v, Tile::kKeys, s));

@@ -34,6 +34,10 @@ __device__ inline void copy_tile(SharedAddress to, const TensorMap* map, SharedA
       copy_box(to + (panel * kRows + row) * kPanelRowBytes, map, full, panel * kPanel, first + row, h, b);
 }
 
+// What is the same in all lanes, so that ptxas knows it: descriptors then take uniform registers, and no instruction to
+// move each of them there.
+__device__ inline uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // A warp has read what the barrier guards.
 __device__ inline void release(SharedAddress empty) {
   __syncwarp();

@@ -28,20 +28,23 @@ __host__ __device__ constexpr uint32_t swizzled(uint32_t address) { return addre
 //     within a panel.
 //   columns of K (MN-major): stride from one group of 8 rows of K to the next, leading from one panel of 64 columns to
 //     the next.
-__host__ __device__ constexpr uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  return static_cast<uint64_t>((address & 0x3ffffu) >> 4) | static_cast<uint64_t>((leading & 0x3ffffu) >> 4) << 16 |
-         static_cast<uint64_t>((stride & 0x3ffffu) >> 4) << 32 | kSwizzle128;
+// further: bytes behind the address, still within shared memory. Added behind, so that all steps of a product share the
+// rest.
+__host__ __device__ constexpr uint64_t descriptor(uint32_t address, uint32_t further, uint32_t leading,
+                                                  uint32_t stride) {
+  const uint32_t low = ((address & 0x3ffffu) >> 4 | (leading & 0x3ffffu) >> 4 << 16) + (further >> 4);
+  return static_cast<uint64_t>((stride & 0x3ffffu) >> 4) << 32 | kSwizzle128 | low;
 }
 
 // Rows of a tile as a factor whose columns are summed over: columns 16 step .. 16 step + 15 of all `rows` rows.
 __host__ __device__ constexpr uint64_t rows_descriptor(uint32_t tile, int rows, int step) {
   const uint32_t panel = static_cast<uint32_t>(step / 4 * rows * kPanelRowBytes);
-  return descriptor(tile + panel + static_cast<uint32_t>(step % 4 * 32), 16, kSwizzleBytes);
+  return descriptor(tile, panel + static_cast<uint32_t>(step % 4 * 32), 16, kSwizzleBytes);
 }
 
 // A tile as a factor whose rows are summed over: rows 16 step .. 16 step + 15, all columns.
 __host__ __device__ constexpr uint64_t columns_descriptor(uint32_t tile, int rows, int step) {
-  return descriptor(tile + static_cast<uint32_t>(step * 16 * kPanelRowBytes),
+  return descriptor(tile, static_cast<uint32_t>(step * 16 * kPanelRowBytes),
                     static_cast<uint32_t>(rows * kPanelRowBytes), kSwizzleBytes);
 }
 
