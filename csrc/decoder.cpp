@@ -161,9 +161,11 @@ class Decoder {
   std::vector<int64_t> screen_counts() const { return screen_.counts(); }
 
   // One step, see DecoderStepArgs. entries: (3, count) int64: tokens, rows, positions. wanted: (n_wanted) int64.
-  // top_k: 0 for all logits; else those that are not among the top_k largest may be -inf.
+  // prompt: the entries are pieces of prompts. top_k: 0 for all logits; else those that are not among the top_k largest
+  // may be -inf.
   void step(Address cache, int cache_format, int64_t batch, int64_t capacity, Address entries, int64_t count,
-            Address wanted, int64_t n_wanted, Address logits, Address best, int num_threads, int64_t top_k) {
+            Address wanted, int64_t n_wanted, Address logits, Address best, int num_threads, int64_t top_k,
+            bool prompt) {
     const std::unique_lock<std::mutex> lock = claim();
     check_complete();
     DecoderStepArgs args = cache_args(cache, cache_format, batch, capacity, num_threads);
@@ -176,6 +178,7 @@ class Decoder {
       require(index >= 0 && index < count, "Decoder.step: wanted holds " + std::to_string(index) + ", but there are " +
                                                std::to_string(count) + " entries");
     args.n_wanted = n_wanted;
+    if (prompt) args.prompt_keys = longest();
     args.logits = logits == 0 ? nullptr : float_pointer(logits, n_wanted * model_.head.n_out, kWhat);
     args.best = static_cast<int64_t*>(best == 0 ? nullptr : pointer(best, n_wanted, sizeof(int64_t), kWhat));
     require(top_k >= 0 && top_k <= kMostTop, "Decoder.step: top_k must be from 0 to " + std::to_string(kMostTop));
@@ -274,6 +277,14 @@ class Decoder {
     }
   }
 
+  // Keys of the longest row; a thread copies those of one head.
+  int64_t longest() const {
+    int64_t keys = 0;
+    for (int64_t position : entries_.positions) keys = std::max(keys, position + 1);
+    check_sizes({keys, kMaxHeadDim, 4 * 4096}, kWhat);
+    return keys;
+  }
+
   // top_k: how many of the largest logits are wanted, 0 for all; fill: the others must be -inf, not anything.
   void run(DecoderStepArgs& args, int64_t top_k, bool fill) {
     args.tokens = entries_.tokens.data();
@@ -283,7 +294,7 @@ class Decoder {
     args.wanted = entries_.wanted.data();
     if (args.count == 0) return;
     if (args.logits == nullptr) args.logits = room(logits_, logits_size_, args.n_wanted * model_.head.n_out);
-    args.workspace = room(workspace_, workspace_size_, kernels().decoder_floats(model_, args.count, args.num_threads));
+    args.workspace = room(workspace_, workspace_size_, kernels().decoder_floats(args));
     screen_.use(args, top_k, fill);
     kernels().decoder_step(args);
     screen_.learn(args);
@@ -370,7 +381,7 @@ void bind_decoder(pybind11::module_& module) {
       .def("screen_counts", &Decoder::screen_counts)
       .def("step", &Decoder::step, py::arg("cache"), py::arg("cache_format"), py::arg("batch"), py::arg("capacity"),
            py::arg("entries"), py::arg("count"), py::arg("wanted"), py::arg("n_wanted"), py::arg("logits"),
-           py::arg("best"), py::arg("num_threads"), py::arg("top_k") = 0)
+           py::arg("best"), py::arg("num_threads"), py::arg("top_k") = 0, py::arg("prompt") = false)
       .def("generate", &Decoder::generate);
 }
 

@@ -16,14 +16,14 @@ struct AttentionForwardWorkspace {
   float *m, *l, *rescale;   // (kBlockM): running maximum and sum of a row, and what a tile multiplies acc by
   int64_t floats;
 
-  AttentionForwardWorkspace(const Plan& plan, float* base) {
+  AttentionForwardWorkspace(int64_t k_padded, int64_t n_padded, float* base) {
     Pieces pieces{base};
-    k = pieces.take(plan.k_padded * plan.n_padded);
-    v = pieces.take(plan.k_padded * plan.n_padded);
-    q = pieces.take(kBlockM * plan.n_padded);
-    q_transposed = pieces.take(kBlockM * plan.n_padded);
+    k = pieces.take(k_padded * n_padded);
+    v = pieces.take(k_padded * n_padded);
+    q = pieces.take(kBlockM * n_padded);
+    q_transposed = pieces.take(kBlockM * n_padded);
     weights = pieces.take(kBlockN * kBlockM);
-    acc = pieces.take(kBlockM * plan.n_padded);
+    acc = pieces.take(kBlockM * n_padded);
     m = pieces.take(kBlockM);
     l = pieces.take(kBlockM);
     rescale = pieces.take(kBlockM);
@@ -71,32 +71,37 @@ static void attention_accumulate(const AttentionForwardWorkspace& w, const Tile&
   }
 }
 
-template <class T, bool kDropout>
-static void attention_forward_block(const AttentionForwardArgs& a, const AttentionForwardWorkspace& w, int64_t n_padded,
-                                    int64_t batch, int64_t head, const QueryBlock& block) {
-  const AttentionSizes& s = a.sizes;
+// From the queries of a block in w.q, and keys and values in w.k and w.v, to acc, m and l.
+template <bool kDropout>
+static void attention_forward_tiles(const AttentionForwardWorkspace& w, const QueryBlock& block, int64_t head_dim,
+                                    int64_t n_padded, float softmax_scale, const Dropout& dropout) {
   const int64_t padded_rows = block.padded_rows();
-  const T* q = head_rows<const T>(a.q, batch, head) + block.first * a.q.row_stride;
-  pack_rows(w.q, q, a.q.row_stride, block.rows, padded_rows, s.head_dim, n_padded);
   transpose_rows(w.q_transposed, kBlockM, w.q, padded_rows, n_padded);
   memset(w.acc, 0, sizeof(float) * padded_rows * n_padded);
   for (int64_t row = 0; row < padded_rows; row += kLanes) {
     store(w.m + row, splat(-__builtin_inff()));
     store(w.l + row, VecF{});
   }
-
-  const Dropout dropout = dropout_of(a, batch * s.n_heads + head);
   for (int64_t first_key = 0; first_key < block.keys(); first_key += kBlockN) {
     const Tile tile = block.tile(first_key);
-    tile_scores(w.weights, tile, padded_rows, w.k + first_key * n_padded, w.q_transposed, s.head_dim, n_padded,
-                a.softmax_scale * kLog2E);
+    tile_scores(w.weights, tile, padded_rows, w.k + first_key * n_padded, w.q_transposed, head_dim, n_padded,
+                softmax_scale * kLog2E);
     for (int64_t row = 0; row < padded_rows; row += kLanes) {
       const VecU queries = (VecU)lane_numbers() + static_cast<uint32_t>(block.first + row);
       if (tile.computed(row) > 0) attention_softmax<kDropout>(w, tile, row, dropout, queries);
     }
     attention_accumulate(w, tile, block.rows, n_padded);
   }
+}
 
+template <class T, bool kDropout>
+static void attention_forward_block(const AttentionForwardArgs& a, const AttentionForwardWorkspace& w, int64_t n_padded,
+                                    int64_t batch, int64_t head, const QueryBlock& block) {
+  const AttentionSizes& s = a.sizes;
+  const T* q = head_rows<const T>(a.q, batch, head) + block.first * a.q.row_stride;
+  pack_rows(w.q, q, a.q.row_stride, block.rows, block.padded_rows(), s.head_dim, n_padded);
+  attention_forward_tiles<kDropout>(w, block, s.head_dim, n_padded, a.softmax_scale,
+                                    dropout_of(a, batch * s.n_heads + head));
   const float kept = dropout_scale(a.dropout_threshold);
   T* out = head_rows<T>(a.out, batch, head) + block.first * a.out.row_stride;
   unpack_rows(out, a.out.row_stride, w.acc, block.rows, s.head_dim, n_padded,
@@ -111,9 +116,9 @@ template <class T, bool kDropout>
 static void attention_forward_kernel(const AttentionForwardArgs& a) {
   const AttentionSizes& s = a.sizes;
   const Plan plan(s, a.num_threads);
-  const int64_t floats = AttentionForwardWorkspace(plan, nullptr).floats;
+  const int64_t floats = AttentionForwardWorkspace(plan.k_padded, plan.n_padded, nullptr).floats;
   parallel_items(plan.items, plan.threads, [&](int64_t item, int thread) {
-    const AttentionForwardWorkspace w(plan, a.workspace + thread * floats);
+    const AttentionForwardWorkspace w(plan.k_padded, plan.n_padded, a.workspace + thread * floats);
     const int64_t batch = item / plan.parts / s.n_heads, head = item / plan.parts % s.n_heads;
     pack_rows(w.k, head_rows<const T>(a.k, batch, head), a.k.row_stride, s.k_len, plan.k_padded, s.head_dim,
               plan.n_padded);
@@ -131,7 +136,7 @@ static void attention_forward(const AttentionForwardArgs& a) {
 
 static int64_t attention_forward_floats(const AttentionSizes& sizes, int num_threads) {
   const Plan plan(sizes, num_threads);
-  return plan.threads * AttentionForwardWorkspace(plan, nullptr).floats;
+  return plan.threads * AttentionForwardWorkspace(plan.k_padded, plan.n_padded, nullptr).floats;
 }
 
 }  // namespace FASTGPT_ISA

@@ -104,6 +104,12 @@ FASTGPT_INLINE void add_values(float* acc, float rescale, const float* p, const 
   for (int n = 0; n < N; ++n) store_lanes(acc + n * kLanes, sum[n], lanes);
 }
 
+// From one token's keys to the next one's in a cache.
+template <class T>
+FASTGPT_INLINE int64_t cache_stride(int64_t head_dim) {
+  return head_dim + (std::is_same_v<T, int8_t> ? kCacheScaleBytes : 0);
+}
+
 // x[j] *= the scale of row j, which stands behind its numbers where these are of 8 bits.
 template <class T>
 FASTGPT_INLINE void apply_scales(float* x, const T* rows, int64_t count, int64_t stride, int64_t head_dim) {

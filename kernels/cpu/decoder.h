@@ -18,9 +18,10 @@
 //   widen    norm2, W1, GELU
 //   narrow   W2 and the shortcut
 //
-// A norm of few entries is computed by every thread for itself: it costs less than a barrier. Everything is added in
-// float32, and no sum depends on the number of threads or on the other entries.
-// Bytes: every weight once, every cached key and value of the rows once an entry, little else.
+// Of prompts a step goes on behind the last layer's keys and values with the wanted entries alone, and attention of the
+// other layers works on tiles (decoder_prompt.h). A norm of few entries is computed by every thread for itself: it
+// costs less than a barrier. Everything is added in float32, and no sum depends on the number of threads or on the
+// other entries. Bytes: every weight once, every cached key and value of the rows once an entry, little else.
 #pragma once
 
 #include <cmath>
@@ -29,6 +30,7 @@
 #include "decode_attention.h"
 #include "decoder_args.h"
 #include "decoder_blocks.h"
+#include "decoder_prompt.h"
 #include "decoder_rows.h"
 #include "decoder_tiles.h"
 #include "draw.h"
@@ -50,7 +52,9 @@ struct DecoderBuffers {
   int64_t floats, normed_floats, packed_floats;  // the last two: one thread's part, or all of it when it is shared
   int64_t scratch_floats;                        // one thread's part
 
-  DecoderBuffers(float* base, const DecoderModel& model, int64_t count, int threads) {
+  explicit DecoderBuffers(const DecoderStepArgs& a, float* base) {
+    const DecoderModel& model = *a.model;
+    const int64_t count = a.count, threads = a.num_threads;
     int64_t used = 0;
     const auto take = [&](int64_t n) {
       float* place = base == nullptr ? nullptr : base + used;
@@ -71,15 +75,14 @@ struct DecoderBuffers {
     normed = take(copies * normed_floats);
     packed = take(copies * packed_floats);
     scratch_floats = round_up(BlockScratch::floats(count), 16);
+    if (a.prompt_keys > 0) scratch_floats = max(scratch_floats, prompt_workspace(model, a.prompt_keys, nullptr).floats);
     scratch = take(threads * scratch_floats);
     bests = reinterpret_cast<int64_t*>(take(count * threads * 2));
     floats = used;
   }
 };
 
-static int64_t decoder_floats(const DecoderModel& model, int64_t count, int threads) {
-  return DecoderBuffers(nullptr, model, count, threads).floats;
-}
+static int64_t decoder_floats(const DecoderStepArgs& a) { return DecoderBuffers(a, nullptr).floats; }
 
 FASTGPT_INLINE void norm_row(float* out, const float* x, const DecoderNorm& norm, int64_t n) {
   const float mean = sum_lanes(n, [&](int64_t i, int64_t c) { return load_lanes(x + i, c); }) / n;
@@ -102,6 +105,8 @@ struct DecoderThread {
   const DecoderModel& model;
   const DecoderBuffers& buffers;
   const Team& team;
+  // The entries that are still followed: all, or the wanted ones, which then lie side by side.
+  int64_t count = a.count;
 
   int64_t heads_width() const { return model.n_heads * model.head_dim; }
 
@@ -183,27 +188,44 @@ struct DecoderThread {
     multiply(buffers.k, layer.key, inputs, begin, end);
     multiply(buffers.v, layer.value, inputs, begin, end);
     if (!even) team.wait();
-    if (a.cache_format == CacheFormat::kFloat32) attend_cache<float>(number, first, last);
-    if (a.cache_format == CacheFormat::kBFloat16) attend_cache<Bf16>(number, first, last);
-    if (a.cache_format == CacheFormat::kInt8) attend_cache<int8_t>(number, first, last);
+    if (a.cache_format == CacheFormat::kFloat32) attend_cached<float>(number, first, last);
+    if (a.cache_format == CacheFormat::kBFloat16) attend_cached<Bf16>(number, first, last);
+    if (a.cache_format == CacheFormat::kInt8) attend_cached<int8_t>(number, first, last);
   }
 
+  // Behind it nothing needs the entries that are not wanted.
+  bool ends_prompt(int64_t layer) const { return a.prompt_keys > 0 && layer + 1 == model.n_layers; }
+
   template <class T>
-  void attend_cache(int64_t layer, int64_t first, int64_t last) const {
+  void attend_cached(int64_t layer, int64_t first, int64_t last) const {
     write_cache<T>(layer, first, last);
-    attend_heads<T>(layer, first, last);
+    if (ends_prompt(layer)) return attend_heads<T>(layer, first, last, a.wanted, a.n_wanted);
+    a.prompt_keys > 0 ? attend_prompts<T>(layer, first, last) : attend_heads<T>(layer, first, last, nullptr, a.count);
   }
 
-  // From one token's keys to the next one's.
   template <class T>
-  int64_t cache_stride() const {
-    return model.head_dim + (std::is_same_v<T, int8_t> ? kCacheScaleBytes : 0);
+  void attend_prompts(int64_t layer, int64_t first, int64_t last) const {
+    float* place = buffers.scratch + team.thread * buffers.scratch_floats;
+    const AttentionForwardWorkspace workspace = prompt_workspace(model, a.prompt_keys, place);
+    for (int64_t head = first; head < last; ++head)
+      for_runs(a, [&](int64_t entry, int64_t entries) {
+        const int64_t from = entry * heads_width() + head * model.head_dim;
+        const int64_t first_key = place_of<T>(a.rows[entry], head, 0);
+        attend_run(workspace, buffers.attended + from, buffers.q + from, cached<T>(layer, 0) + first_key,
+                   cached<T>(layer, 1) + first_key, entries, a.positions[entry] + entries, model.head_dim,
+                   heads_width());
+      });
   }
 
   // Keys (which = 0) or values (1) of a layer.
   template <class T>
   T* cached(int64_t layer, int64_t which) const {
-    return static_cast<T*>(a.cache) + (layer * 2 + which) * a.batch * model.n_heads * a.capacity * cache_stride<T>();
+    return static_cast<T*>(a.cache) + (layer * 2 + which) * place_of<T>(a.batch, 0, 0);
+  }
+
+  template <class T>
+  int64_t place_of(int64_t row, int64_t head, int64_t position) const {
+    return ((row * model.n_heads + head) * a.capacity + position) * cache_stride<T>(model.head_dim);
   }
 
   template <class T>
@@ -212,7 +234,7 @@ struct DecoderThread {
     for (int64_t m = 0; m < a.count; ++m)
       for (int64_t head = first; head < last; ++head) {
         const int64_t from = m * heads_width() + head * model.head_dim;
-        const int64_t to = ((a.rows[m] * model.n_heads + head) * a.capacity + a.positions[m]) * cache_stride<T>();
+        const int64_t to = place_of<T>(a.rows[m], head, a.positions[m]);
         write_cached(keys + to, buffers.k + from);
         write_cached(values + to, buffers.v + from);
       }
@@ -221,48 +243,59 @@ struct DecoderThread {
   template <class T>
   void write_cached(T* to, const float* from) const {
     if constexpr (std::is_same_v<T, int8_t>) {
-      const float scale = quantise(to, from, model.head_dim);
+      const float scale = quantise(to, from, model.head_dim).scale;
       memcpy(to + model.head_dim, &scale, sizeof scale);
     } else {
       for_lanes(model.head_dim, [&](int64_t i, int64_t c) { store_lanes(to + i, load_lanes(from + i, c), c); });
     }
   }
 
+  // Of `entries` entries, all or those of a list, into one row of `attended` after the other.
   template <class T>
-  void attend_heads(int64_t layer, int64_t first, int64_t last) const {
+  void attend_heads(int64_t layer, int64_t first, int64_t last, const int64_t* list, int64_t entries) const {
     DecodeAttentionArgs args{};
     args.k = cached<T>(layer, 0);
     args.v = cached<T>(layer, 1);
     args.head_dim = model.head_dim;
     args.n_heads = model.n_heads;
     args.q_strides[1] = model.head_dim;
-    args.k_strides[0] = args.v_strides[0] = model.n_heads * a.capacity * cache_stride<T>();
-    args.k_strides[1] = args.v_strides[1] = a.capacity * cache_stride<T>();
-    args.k_strides[2] = args.v_strides[2] = cache_stride<T>();
+    args.k_strides[0] = args.v_strides[0] = place_of<T>(1, 0, 0);
+    args.k_strides[1] = args.v_strides[1] = place_of<T>(0, 1, 0);
+    args.k_strides[2] = args.v_strides[2] = place_of<T>(0, 0, 1);
     args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(model.head_dim));
     DecodeState state;
     // Head by head: of entries of one row, all but the first find its keys and values in cache.
     for (int64_t head = first; head < last; ++head)
-      for (int64_t m = 0; m < a.count; ++m) {
+      for (int64_t i = 0; i < entries; ++i) {
+        const int64_t m = list == nullptr ? i : list[i];
         args.q = buffers.q + m * heads_width();
-        args.out = buffers.attended + m * heads_width();
+        args.out = buffers.attended + i * heads_width();
         decode_keys<T, float>(args, state, a.rows[m], head, 0, a.positions[m] + 1);
         write_out<float>(args, state, head);
       }
   }
 
+  // Moves the wanted entries of x side by side; a thread its own columns, those to which `project` adds.
+  void keep_wanted() {
+    const int64_t begin = team.begin(model.emb_dim, kTileRows), end = team.end(model.emb_dim, kTileRows);
+    for (int64_t m = 0; m < a.n_wanted; ++m)
+      memmove(buffers.x + m * model.emb_dim + begin, buffers.x + a.wanted[m] * model.emb_dim + begin,
+              (end - begin) * sizeof(float));
+    count = a.n_wanted;
+  }
+
   void widen(const DecoderLayer& layer) const {
-    const float* x = normalise(layer.norm2, nullptr, a.count);
-    multiply_part(buffers.hidden, layer.widen, x, a.count);
+    const float* x = normalise(layer.norm2, nullptr, count);
+    multiply_part(buffers.hidden, layer.widen, x, count);
     const int64_t begin = team.begin(model.hidden_dim, kTileRows), end = team.end(model.hidden_dim, kTileRows);
-    for (int64_t m = 0; m < a.count; ++m) {
+    for (int64_t m = 0; m < count; ++m) {
       float* y = buffers.hidden + m * model.hidden_dim + begin;
       for_lanes(end - begin, [&](int64_t i, int64_t c) { store_lanes(y + i, gelu(load_lanes(y + i, c)), c); });
     }
   }
 
   void head() const {
-    const float* x = normalise(model.final_norm, a.wanted, a.n_wanted);
+    const float* x = normalise(model.final_norm, a.prompt_keys > 0 ? nullptr : a.wanted, a.n_wanted);
     if (a.screen == nullptr || !screened_head(a, x, team)) full_head(x);
     if (a.draw != nullptr) draw_part(*a.draw, team);
   }
@@ -311,18 +344,20 @@ struct DecoderThread {
     return best;
   }
 
-  void run() const {
+  void run() {
     embed();
     team.wait();
     for (int64_t number = 0; number < model.n_layers; ++number) {
       const DecoderLayer& layer = model.layers[number];
       attend(layer, number);
       team.wait();
-      multiply_part(buffers.x, layer.project, buffers.attended, a.count, true);
+      if (ends_prompt(number)) keep_wanted();
+      if (count == 0) return;
+      multiply_part(buffers.x, layer.project, buffers.attended, count, true);
       team.wait();
       widen(layer);
       team.wait();
-      multiply_part(buffers.x, layer.narrow, buffers.hidden, a.count, true);
+      multiply_part(buffers.x, layer.narrow, buffers.hidden, count, true);
       team.wait();
     }
     if (a.n_wanted > 0) head();
@@ -330,7 +365,7 @@ struct DecoderThread {
 };
 
 static void decoder_step(const DecoderStepArgs& a) {
-  const DecoderBuffers buffers(a.workspace, *a.model, a.count, a.num_threads);
+  const DecoderBuffers buffers(a, a.workspace);
   run_team(a.num_threads, [&](const Team& team) { DecoderThread{a, *a.model, buffers, team}.run(); });
 }
 

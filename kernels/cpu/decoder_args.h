@@ -99,9 +99,10 @@ struct DecoderStepArgs {
   int64_t count;
   const int64_t* wanted;  // (n_wanted), increasing: the entries behind which logits are wanted
   int64_t n_wanted;
-  float* logits;     // (n_wanted, n_logits)
-  int64_t* best;     // (n_wanted): the first largest logit, NaN counting as the largest; or null
-  float* workspace;  // as many as decoder_floats says
+  int64_t prompt_keys;  // 0; or the entries are pieces of prompts, and no position is beyond this number
+  float* logits;        // (n_wanted, n_logits)
+  int64_t* best;        // (n_wanted): the first largest logit, NaN counting as the largest; or null
+  float* workspace;     // as many as decoder_floats says
   int num_threads;
   const HeadScreen* screen;  // or null: multiply the whole head
   const DrawArgs* draw;      // or null: draw a token for each wanted entry, from its logits

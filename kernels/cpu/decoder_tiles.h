@@ -27,6 +27,7 @@
 //   int8 the same                                                    112, 113, 117, 116; ahead 100, 94, 104, 110
 //   int8, signs taken off the weights once for all inputs (AVX2)     8 inputs 0.95 of it, 16 1.04, 24 1.04 to 1.10,
 //                                                                    64 1.12, 512 1.12; the instructions allow 1.16
+//   int8, inputs packed 8 rows at a time and 32 bytes a store        packing 6.9 -> 2.7 % of the products of 512 inputs
 //   the same, outputs fetched ahead, or inputs 64 at a time in memory   no difference
 #pragma once
 
@@ -72,30 +73,34 @@ struct PackedInputs {
   }
 };
 
-// Packs the groups first .. last - 1 of x (count, n_in).
+// Packs one group of one input, `have` numbers.
+static void pack_line(const PackedInputs& to, WeightFormat format, const float* from, int64_t have, int64_t line) {
+  float padded[kScaleGroup];
+  if (have < kScaleGroup) {
+    memset(padded, 0, sizeof padded);
+    memcpy(padded, from, have * sizeof(float));
+    from = padded;
+  }
+  if (format == WeightFormat::kBFloat16) {
+    memcpy(to.numbers + line * kScaleGroup, from, sizeof padded);
+    return;
+  }
+  // A scale that is NaN makes the output NaN.
+  const Quantised quantised = quantise(to.bytes + line * kScaleGroup, from, kScaleGroup);
+  to.scales[line] = quantised.scale;
+  to.sums[line] = quantised.sum;
+}
+
+// Packs the groups first .. last - 1 of x (count, n_in), a few inputs at a time, so that each is read as it lies.
 static void pack_inputs(const PackedInputs& to, WeightFormat format, const float* x, int64_t n_in, int64_t count,
                         int64_t first, int64_t last) {
-  for (int64_t line = first * count; line < last * count; ++line) {
-    const int64_t group = line / count, m = line % count, k = group * kScaleGroup;
-    const float* from = x + m * n_in + k;
-    const int64_t have = min(kScaleGroup, n_in - k);
-    float padded[kScaleGroup];
-    if (have < kScaleGroup) {
-      memset(padded, 0, sizeof padded);
-      memcpy(padded, from, have * sizeof(float));
-      from = padded;
-    }
-    if (format == WeightFormat::kBFloat16) {
-      memcpy(to.numbers + line * kScaleGroup, from, sizeof padded);
-      continue;
-    }
-    // A scale that is NaN makes the output NaN.
-    to.scales[line] = quantise(to.bytes + line * kScaleGroup, from, kScaleGroup);
-    int32_t total = 0;
-    // Of the bytes: what a NaN became before it was narrowed may be too large to be added up.
-    for (int64_t i = 0; i < kScaleGroup; ++i) total += to.bytes[line * kScaleGroup + i];
-    to.sums[line] = total;
-  }
+  constexpr int64_t kTogether = 8;
+  for (int64_t m0 = 0; m0 < count; m0 += kTogether)
+    for (int64_t group = first; group < last; ++group)
+      for (int64_t m = m0; m < min(m0 + kTogether, count); ++m) {
+        const int64_t k = group * kScaleGroup;
+        pack_line(to, format, x + m * n_in + k, min(kScaleGroup, n_in - k), group * count + m);
+      }
 }
 
 // Where R tiles and their sums lie: each a constant distance from the one before.

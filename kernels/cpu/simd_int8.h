@@ -53,10 +53,33 @@ FASTGPT_INLINE VecI to_int(VecF x) {
   return (VecI)bits_of(x + round_to_int) - (VecI)bits_of(splat(round_to_int));
 }
 
-// n numbers as whole ones from -127 to 127 times a scale, which is returned: the largest magnitude / 127. A number that
-// is NaN or infinite makes the scale NaN.
-FASTGPT_INLINE float quantise(int8_t* to, const float* from, int64_t n) {
-  VecF largest = {}, not_finite = {};
+// Stores integers from -128 to 127 as bytes.
+constexpr int64_t kStoredBytes = 32;
+FASTGPT_INLINE void store_bytes(int8_t* to, const VecI (&x)[kStoredBytes / kLanes]) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(FASTGPT_LANES)
+  const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+  const __m256i high = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
+  // Packing works within halves: then their quarters are put in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+#else
+  for (int64_t i = 0; i < kStoredBytes; i += kLanes) {
+    const VecI8 bytes = __builtin_convertvector(x[i / kLanes], VecI8);
+    memcpy(to + i, &bytes, sizeof bytes);
+  }
+#endif
+}
+
+struct Quantised {
+  float scale;
+  int32_t sum;  // of the whole numbers
+};
+
+// n numbers as whole ones from -127 to 127 times a scale: the largest magnitude / 127. A number that is NaN or infinite
+// makes the scale NaN. n up to 2^16, for the sum to be exact.
+FASTGPT_INLINE Quantised quantise(int8_t* to, const float* from, int64_t n) {
+  VecF largest = {}, not_finite = {}, sum = {};
   for_lanes(n, [&](int64_t i, int64_t count) {
     const VecF number = load_lanes(from + i, count);
     largest = max(largest, max(number, -number));
@@ -64,12 +87,24 @@ FASTGPT_INLINE float quantise(int8_t* to, const float* from, int64_t n) {
   });
   const float scale = reduce_max(largest) / 127.0f + reduce_add(not_finite);
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  for_lanes(n, [&](int64_t i, int64_t count) {
-    const VecI q = to_int(min(max(load_lanes(from + i, count) * inverse, splat(-127.0f)), splat(127.0f)));
-    const VecI8 bytes = __builtin_convertvector(q, VecI8);
+  const auto whole = [&](VecF number) {
+    const VecI q = to_int(min(max(number * inverse, splat(-127.0f)), splat(127.0f)));
+    sum += to_float(q);
+    return q;
+  };
+  int64_t i = 0;
+  for (; i + kStoredBytes <= n; i += kStoredBytes) {
+    VecI q[kStoredBytes / kLanes];
+    for (int64_t v = 0; v < kStoredBytes / kLanes; ++v) q[v] = whole(load(from + i + v * kLanes));
+    store_bytes(to + i, q);
+  }
+  for (; i < n; i += kLanes) {
+    const int64_t count = min(n - i, static_cast<int64_t>(kLanes));
+    const VecI8 bytes = __builtin_convertvector(whole(load_lanes(from + i, count)), VecI8);
     memcpy(to + i, &bytes, count);
-  });
-  return scale;
+  }
+  // What a NaN became may be too large for an integer.
+  return {scale, scale == scale ? static_cast<int32_t>(reduce_add(sum)) : 0};
 }
 
 // Adds the four products of a lane, byte by byte: for instruction sets without a better way.

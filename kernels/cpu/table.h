@@ -200,7 +200,7 @@ struct KernelTable {
   void (*embedding_backward)(const EmbeddingBackwardArgs&);
   void (*cross_entropy)(const CrossEntropyArgs&);
   void (*decode_attention)(const DecodeAttentionArgs&);
-  int64_t (*decoder_floats)(const DecoderModel&, int64_t count, int num_threads);
+  int64_t (*decoder_floats)(const DecoderStepArgs&);
   void (*decoder_step)(const DecoderStepArgs&);
   void (*decoder_pack)(const DecoderPackArgs&);
   int64_t (*screen_floats)(int64_t n_in, int64_t n_wanted, int64_t top_k, int num_threads);

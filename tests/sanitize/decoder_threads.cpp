@@ -112,12 +112,19 @@ struct Run {
     }
     logits.assign(batch * kVocab, 0.0f);
     best.assign(batch, -1);
-    workspace.assign(decoder_floats(weights.model, count, threads) + 16, 0.0f);
+    DecoderStepArgs args = {};
+    args.model = &weights.model;
+    args.cache = cache.data(), args.cache_format = format;
+    args.batch = batch, args.capacity = kContext;
+    args.tokens = tokens.data(), args.rows = rows.data(), args.positions = positions.data(), args.count = count;
+    args.wanted = wanted.data(), args.n_wanted = batch;
+    // Several entries of a row: a prompt, or a guess that is verified.
+    args.prompt_keys = each > 1 && position == 0 ? each : 0;
+    args.logits = logits.data(), args.best = best.data();
+    args.num_threads = threads;
+    workspace.assign(decoder_floats(args) + 16, 0.0f);
     const auto address = reinterpret_cast<uintptr_t>(workspace.data());
-    float* place = workspace.data() + (-address % 64) / sizeof(float);
-    DecoderStepArgs args = {
-        &weights.model, cache.data(),  format, batch,         kContext,    tokens.data(), rows.data(), positions.data(),
-        count,          wanted.data(), batch,  logits.data(), best.data(), place,         threads,     nullptr};
+    args.workspace = workspace.data() + (-address % 64) / sizeof(float);
     int64_t outcome[2] = {-1, 0};
     std::vector<float> room(screen_floats(kEmb, batch, 2, threads) + 16);
     const auto room_address = reinterpret_cast<uintptr_t>(room.data());
