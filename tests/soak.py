@@ -1,9 +1,9 @@
 """A long run of generation in mixed batches, whose memory must not grow: `python tests/soak.py 200000`, or `make soak`.
 
 Each call draws anew: 1 to 16 rows of different lengths, greedy or sampled, with or without an end token, within the
-context or past it in each of the three ways, in one of four weight formats, whole or as a stream that may be left in
-the middle. Now and then an optimiser step changes the weights, so that every copy of them is made again. Greedy float32
-rows are compared with the book's loop every twentieth call.
+context or past it in each of the three ways, in one of four weight formats or with a rounded cache, whole or as a
+stream that may be left in the middle. Now and then an optimiser step changes the weights, so that every copy of them is
+made again. Greedy float32 rows are compared with the book's loop every twentieth call.
 
 The resident memory is read after each call. What the process has when a tenth of the tokens is done is its warm state;
 from then on it may grow by at most `LIMIT` MiB in all, however long the run: a leak of one cache of this model every
@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,13 @@ import fastgpt
 from fastgpt import reference
 from fastgpt.generation import Generator
 
-FORMATS: tuple[torch.dtype | str | None, ...] = (None, torch.bfloat16, "int8", "int4")
+FORMATS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "int8": {"dtype": "int8"},
+    "int4": {"dtype": "int4"},
+    "int8 cache": {"cache_dtype": "int8"},
+}
 OVERFLOWS = ("exact", "slide", "stop")
 CFG = {
     "vocab_size": 601,
@@ -62,7 +69,7 @@ def resident() -> float:
 
 
 class Soak:
-    """A model, its four Generators and an optimiser.
+    """A model, its Generators and an optimiser.
 
     Args:
         seed: of everything that is drawn.
@@ -72,7 +79,7 @@ class Soak:
         torch.manual_seed(seed)
         self.random = random.Random(seed)
         self.model = fastgpt.GPTModel(CFG).eval()
-        self.generators = [Generator(self.model, dtype=dtype) for dtype in FORMATS]
+        self.generators = {name: Generator(self.model, **options) for name, options in FORMATS.items()}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
     def learn(self) -> None:
@@ -92,7 +99,7 @@ class Soak:
 
     def call(self, checked: bool) -> tuple[int, str]:
         """One call of a Generator: how many tokens came, and its kind."""
-        chosen = 0 if checked else self.random.randrange(len(FORMATS))
+        chosen = "float32" if checked else self.random.choice(list(FORMATS))
         generator, prompts = self.generators[chosen], self.prompts()
         overflow = "exact" if checked else self.random.choice(OVERFLOWS)
         # "exact" reads the whole context for each token past it.
@@ -104,7 +111,7 @@ class Soak:
         if sampled:
             options |= {"temperature": 1.0, "top_k": self.random.choice((None, 1, 20)), "top_p": 0.9}
             options |= {"seed": self.random.randrange(1000)}
-        kind = f"{str(FORMATS[chosen]).removeprefix('torch.')} {'sampled' if sampled else 'greedy'} {overflow}"
+        kind = f"{chosen} {'sampled' if sampled else 'greedy'} {overflow}"
         if not checked and self.random.random() < 0.2:
             return self.stream(generator, prompts, count, options), f"{kind} stream"
         rows = generator.generate(prompts, count, **options)
