@@ -78,7 +78,7 @@ struct Weights {
 
 // decoder_step with a team of std::thread.
 void step(const DecoderStepArgs& a, bool plant) {
-  const DecoderBuffers buffers(a.workspace, *a.model, a.count, a.num_threads);
+  const DecoderBuffers buffers(a, a.workspace);
   Barrier barrier;
   std::vector<std::thread> threads;
   for (int i = 0; i < a.num_threads; ++i)
