@@ -59,8 +59,8 @@ class Generator:
             packed copies. torch.float32, torch.bfloat16 and "int8" (8 bits, with a float32 scale for the keys and one
             for the values of each token and head) are for the native decoder alone. They are rounded once, when they
             are written, and every token, of the prompt too, sees what was kept. "int8" takes little more than a quarter
-            of the memory of float32, and long contexts of many rows are read faster. Beside float32 weights prompts
-            are then read by the decoder, slower than by PyTorch.
+            of the memory of float32, and long contexts of many rows are read faster. Prompts are then read by the
+            decoder, beside float32 weights too.
 
     Raises:
         TypeError, ValueError: the model is not callable, or the dtype, the engine or the cache_dtype is not available.
