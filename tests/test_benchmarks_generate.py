@@ -9,7 +9,7 @@ from benchmarks.generate_table import TARGETS, lines_of
 
 
 def row(case, engine, rate, **more):
-    return {"case": case, "engine": engine, "rate": rate, **more}
+    return {"case": case, "engine": engine, "rate": rate, "ms": 1000 / rate, "new": 128, **more}
 
 
 class Stand:
@@ -56,6 +56,15 @@ def test_the_table_compares_with_the_best_rival_and_names_the_missing():
     )  # fmt: skip
     assert "without ctranslate2" in lines_of(rows[:2])[0][1]
     assert lines_of([rows[0]]) == []
+
+
+def test_prompts_are_compared_by_their_milliseconds():
+    # One token a call: the rate has one figure.
+    rows = [
+        row("prefill 512", "fastgpt", 1.7, ms=586.0, new=1),
+        row("prefill 512", "ctranslate2", 1.7, ms=600.0, new=1),
+    ]
+    assert lines_of(rows)[0][1:4] == ["ctranslate2 600 ms (without llama.cpp, transformers-onednn)", "586 ms", "1.02 x"]
 
 
 def test_a_target_is_missed_when_the_share_of_the_limit_is():

@@ -23,8 +23,8 @@ CXX = os.environ.get("CXX", "g++")
 
 TESTS = (
     "attention", "decode_attention", "layer_norm", "gelu", "linear", "dropout_add_layer_norm", "embedding",
-    "linear_cross_entropy", "packed_causal_attention", "native_decoder", "native_packed", "native_prompt", "cache_dtype",
-    "draws", "fast_head", "prompt_lookup", "philox", "extension", "memory",
+    "linear_cross_entropy", "packed_causal_attention", "native_decoder", "native_packed", "native_prompt",
+    "cache_dtype", "draws", "fast_head", "prompt_lookup", "philox", "extension", "memory",
 )  # fmt: skip
 # Compilers under AddressSanitizer take minutes and run no kernel of ours; the others count page faults or resident
 # memory, which it changes.
