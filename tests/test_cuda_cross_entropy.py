@@ -9,7 +9,7 @@ import torch
 from cuda_emulation import as_cuda_backend, emulate
 
 from fastgpt import ops
-from fastgpt.ops.linear_cross_entropy import backend_triton
+from fastgpt.ops.linear_cross_entropy import gpu_chunks
 from fastgpt.testing import GRADIENT_FACTOR, assert_within_bound
 
 ROOM = importlib.import_module("fastgpt.ops.linear_cross_entropy")
@@ -31,7 +31,7 @@ def run(x, weight, targets, backend, dtype=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "vocab", "chunk"), [(1, 1, 8), (5, 64, 8), (9, 67, 4), (3, 4500, 8)])
 def test_loss_and_gradients_are_within_the_bound(emulated, monkeypatch, rows, vocab, chunk, dtype):
-    monkeypatch.setattr(backend_triton, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(gpu_chunks, "CHUNK_ROWS", chunk)
     torch.manual_seed(rows)
     emulated.order(vocab)
     x, weight = torch.randn(rows, 16).to(dtype), torch.randn(vocab, 16).to(dtype)

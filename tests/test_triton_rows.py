@@ -14,6 +14,7 @@ from fastgpt.ops.gelu import Case as GeluCase
 from fastgpt.ops.layer_norm import Case as LayerNormCase
 from fastgpt.ops.linear_cross_entropy import OP as LOSS
 from fastgpt.ops.linear_cross_entropy import Case as LossCase
+from fastgpt.ops.linear_cross_entropy import gpu_chunks
 
 pytestmark = pytest.mark.parametrize("op_backend", ["triton"], indirect=True)
 F32 = torch.float32
@@ -115,8 +116,8 @@ def test_chunks_of_rows_give_the_gradients_of_one(op_backend, rounded_chunks, mo
     room = LOSS.module(backend)
     x, weight, targets = torch.randn(70, 16), torch.randn(100, 16), torch.randint(100, (70,))
     want = room.forward(x, weight, targets, -100, True, True)
-    monkeypatch.setattr(room, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(room, "MAX_ROUNDED_CHUNKS", rounded_chunks)
+    monkeypatch.setattr(gpu_chunks, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(gpu_chunks, "MAX_ROUNDED_CHUNKS", rounded_chunks)
     got = room.forward(x, weight, targets, -100, True, True)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     got = room.forward(x.half(), weight.half(), targets, -100, True, True)

@@ -268,8 +268,9 @@ def loss_jobs(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[Job]:
 
     from fastgpt.ops.layer_norm.backend_triton import block
     from fastgpt.ops.linear_cross_entropy import backend_triton as room
+    from fastgpt.ops.linear_cross_entropy.gpu_chunks import ALIGNMENT, CHUNK_ROWS
 
-    rows, padded = min(args.rows, room.CHUNK_ROWS), -(-args.vocab_size // room.ALIGNMENT) * room.ALIGNMENT
+    rows, padded = min(args.rows, CHUNK_ROWS), -(-args.vocab_size // ALIGNMENT) * ALIGNMENT
     logits, targets = torch.randn(rows, padded, dtype=dtype), torch.randint(args.vocab_size, (rows,))
     work, losses, count = torch.empty_like(logits), torch.empty(rows), torch.tensor(rows)
 

@@ -1,7 +1,4 @@
-"""The output head and the loss in CUDA C++: products by PyTorch, between them kernels/cuda/cross_entropy.cuh.
-
-Chunks, padding and sums are those of the Triton backend. Nothing waits for the device.
-"""
+"""The output head and the loss in CUDA C++: gpu_chunks.py, with kernels/cuda/cross_entropy.cuh between the products."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from torch import Tensor
 
 from fastgpt.ops import cuda_support
 from fastgpt.ops.cuda_support import DTYPE_CODES
-from fastgpt.ops.linear_cross_entropy.backend_triton import in_chunks
+from fastgpt.ops.linear_cross_entropy.gpu_chunks import in_chunks
 
 if TYPE_CHECKING:
     from fastgpt.ops.linear_cross_entropy import Case
