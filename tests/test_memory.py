@@ -77,16 +77,17 @@ with kept_memory():
 """)
 
 
-def test_a_thousand_steps_hold_no_more_than_a_few():
+def test_a_thousand_steps_hold_no_more_than_the_thousand_before():
+    # Where blocks come to lie is chance: after 100 steps 258 to 303 MiB were seen, in the end 298 to 309.
     run("""
 def work(i):
     a = [torch.ones((j * 7919 + i * 104729) % 300_000 + 1) for j in range(8)]
     b = torch.ones(3_000_000)
     return sum(t[-1].item() for t in a) + b[0].item()
 with kept_memory():
-    for i in range(100): work(i)
-    early = resident()
     for i in range(1000): work(i)
+    early = resident()
+    for i in range(1000, 2000): work(i)
     assert resident() < early + 32, (early, resident())
 """)
 
