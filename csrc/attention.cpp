@@ -65,7 +65,7 @@ void attention_forward(Address out, const Strides& out_strides, Address lse, Add
   args.lse = float_pointer(lse, s.batch * s.n_heads * s.q_len, what);
   if (s.batch * s.n_heads * s.q_len == 0) return;
   pybind11::gil_scoped_release release;
-  const Workspace workspace = make_workspace(kernels().attention_forward_floats(s, num_threads));
+  const Workspace workspace = make_workspace(kernels().attention_forward_floats(s, dtype, num_threads));
   args.workspace = workspace.get();
   kernels().attention_forward(args);
 }
@@ -98,7 +98,7 @@ void attention_backward(Address dq, const Strides& dq_strides, Address dk, const
   args.lse = float_pointer(lse, s.batch * s.n_heads * s.q_len, what);
   if (s.batch * s.n_heads * s.k_len == 0) return;
   pybind11::gil_scoped_release release;
-  const Workspace workspace = make_workspace(kernels().attention_backward_floats(s, num_threads));
+  const Workspace workspace = make_workspace(kernels().attention_backward_floats(s, dtype, num_threads));
   args.workspace = workspace.get();
   kernels().attention_backward(args);
 }

@@ -55,9 +55,9 @@ def _compile(sources: list[Path], extra: list[str], target: Path) -> None:
     subprocess.run([compiler, "-shared", *objects, "-o", str(target)], check=True)
 
 
-def compiled(sources: list[Path], extra: list[str] | None = None) -> Path:
+def compiled(sources: list[Path], extra: list[str] | None = None, kernels: str = "cuda") -> Path:
     """The shared object of these sources, from build/ where it is already there."""
-    used = sorted([*HOST.iterdir(), *(ROOT / "kernels" / "cuda").iterdir(), *(ROOT / "csrc").iterdir(), *sources])
+    used = sorted([*HOST.iterdir(), *(ROOT / "kernels" / kernels).iterdir(), *(ROOT / "csrc").iterdir(), *sources])
     digest = hashlib.sha256()
     for part in (*(path.read_bytes() for path in used), repr((FLAGS, extra)).encode(), pybind11.__version__.encode()):
         digest.update(hashlib.sha256(part).digest())

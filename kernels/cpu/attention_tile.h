@@ -46,14 +46,32 @@ struct QueryBlock {
   Tile tile(int64_t first_key) const { return {first_key, min(kBlockN, keys() - first_key), diagonal - first_key}; }
 };
 
+// The steps of products of T: pairs where the processor has an instruction for them.
+template <class T>
+using StepOf = std::conditional_t<std::is_same_v<T, Bf16> && kHasPairs, Pair, float>;
+
+// Where weights are written over scores, row by row: as rows of float32, or of bfloat16 in the first half of each row.
+template <class Step>
+using Weight = std::conditional_t<kPerStep<Step> == 2, Bf16, float>;
+
+FASTGPT_INLINE VecF make_step(const VecF (&x)[1]) { return x[0]; }
+FASTGPT_INLINE VecPairs make_step(const VecF (&x)[2]) { return make_pairs(x[0], x[1]); }
+
+// The padded length in steps of rows whose neighbours make the steps.
+template <class Step>
+FASTGPT_INLINE int64_t row_steps(int64_t n_padded) {
+  return round_up(steps_of<Step>(n_padded), kLanes);
+}
+
 // scores[j][row] = scale * (x_j . y_row) for the keys j and rows of a tile, but for those right of the diagonal.
-// x: rows of n_padded numbers; y_transposed: (n, kBlockM).
-static void tile_scores(float* scores, const Tile& tile, int64_t padded_rows, const float* x, const float* y_transposed,
-                        int64_t n, int64_t n_padded, float scale) {
+// x: rows of ld steps; y_transposed: (steps, kBlockM).
+template <class Step>
+static void tile_scores(float* scores, const Tile& tile, int64_t padded_rows, const Step* x, int64_t ld,
+                        const Step* y_transposed, int64_t steps, float scale) {
   for (int64_t j = 0; j < tile.keys; j += kMr) {
     for_vector_groups(tile.first_vector(j), padded_rows / kLanes, [&](int64_t v, auto count) {
-      product<count, Layout::kRows>(scores + j * kBlockM + v * kLanes, kBlockM, x + j * n_padded, n_padded,
-                                    y_transposed + v * kLanes, kBlockM, n, scale);
+      product<count, Layout::kRows>(scores + j * kBlockM + v * kLanes, kBlockM, x + j * ld, ld,
+                                    y_transposed + v * kLanes, kBlockM, steps, scale);
     });
   }
 }
@@ -98,9 +116,11 @@ struct Pieces {
   float* base;
   int64_t used = 0;
 
-  float* take(int64_t floats) {
-    float* piece = base == nullptr ? nullptr : base + used;
-    used += round_up(floats, 16);
+  template <class Number = float>
+  Number* take(int64_t count) {
+    static_assert(sizeof(Number) == sizeof(float), "counted as floats");
+    Number* piece = base == nullptr ? nullptr : reinterpret_cast<Number*>(base + used);
+    used += round_up(count, 16);
     return piece;
   }
 };
@@ -114,6 +134,12 @@ FASTGPT_INLINE void with_kernel_types(const Args& a, Kernel kernel) {
   } else {
     wide ? kernel(float{}, std::false_type{}) : kernel(Bf16{}, std::false_type{});
   }
+}
+
+// How much memory that takes: calls size(Step{}) as the dtype says.
+template <class Size>
+FASTGPT_INLINE int64_t with_step(DType dtype, Size size) {
+  return dtype == DType::kFloat32 ? size(StepOf<float>{}) : size(StepOf<Bf16>{});
 }
 
 template <class Args>

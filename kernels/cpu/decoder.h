@@ -206,7 +206,7 @@ struct DecoderThread {
   template <class T>
   void attend_prompts(int64_t layer, int64_t first, int64_t last) const {
     float* place = buffers.scratch + team.thread * buffers.scratch_floats;
-    const AttentionForwardWorkspace workspace = prompt_workspace(model, a.prompt_keys, place);
+    const AttentionForwardWorkspace<float> workspace = prompt_workspace(model, a.prompt_keys, place);
     for (int64_t head = first; head < last; ++head)
       for_runs(a, [&](int64_t entry, int64_t entries) {
         const int64_t from = entry * heads_width() + head * model.head_dim;

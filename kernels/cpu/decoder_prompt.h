@@ -18,8 +18,8 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 // What a thread works with, for rows of up to `keys` keys.
-static AttentionForwardWorkspace prompt_workspace(const DecoderModel& model, int64_t keys, float* base) {
-  return AttentionForwardWorkspace(round_up(keys, kMr), round_up(model.head_dim, kLanes), base);
+static AttentionForwardWorkspace<float> prompt_workspace(const DecoderModel& model, int64_t keys, float* base) {
+  return AttentionForwardWorkspace<float>(round_up(keys, kMr), round_up(model.head_dim, kLanes), base);
 }
 
 // Calls body(first entry, number of entries) for all runs.
@@ -46,7 +46,7 @@ static void unpack_cached(float* to, const T* x, int64_t keys, int64_t head_dim,
 
 // One head of a run. q, out: (n_queries, stride); k, v: as they lie in the cache, the queries being the last of them.
 template <class T>
-static void attend_run(const AttentionForwardWorkspace& w, float* out, const float* q, const T* k, const T* v,
+static void attend_run(const AttentionForwardWorkspace<float>& w, float* out, const float* q, const T* k, const T* v,
                        int64_t n_queries, int64_t keys, int64_t head_dim, int64_t stride) {
   const int64_t n_padded = round_up(head_dim, kLanes);
   unpack_cached(w.k, k, keys, head_dim, n_padded);

@@ -47,24 +47,37 @@ FASTGPT_INLINE void philox(VecU (&c)[4], const uint32_t (&keys)[10][2]) {
   }
 }
 
-// Calls body(j, keep) for every key j = 0 .. n - 1 of a block whose first key, a multiple of 64, is first_key; keep is
-// all ones in the lanes (the queries) that dropout keeps. Without dropout keep is a constant that vanishes.
-template <bool kDropout, class Body>
+// Calls body(j, keep) for every kKeys (1 or 2) keys from j = 0 to n - 1 on, n a multiple of kKeys, of a block whose
+// first key, a multiple of 64, is first_key; keep[i] is all ones in the lanes (the queries) for which dropout keeps key
+// j + i. Without dropout keep is a constant that vanishes.
+template <bool kDropout, int kKeys, class Body>
 FASTGPT_INLINE void for_keys(const Dropout& dropout, VecU queries, int64_t first_key, int64_t n, Body body) {
+  VecI keep[kKeys];
   if constexpr (!kDropout) {
-    for (int64_t j = 0; j < n; ++j) body(j, VecI{} - 1);
+    for (VecI& all : keep) all = VecI{} - 1;
+    for (int64_t j = 0; j < n; j += kKeys) body(j, keep);
   } else {
     for (int64_t group = 0; group < n; group += 64) {
-      for (int64_t column = group; column < min(group + 8, n); ++column) {
-        const uint32_t c0 = static_cast<uint32_t>((first_key + group) / 8 + column - group);
-        VecU words[4] = {VecU{} + c0, queries, VecU{} + dropout.head, VecU{}};
-        philox(words, dropout.keys);
+      for (int64_t column = group; column < min(group + 8, n); column += kKeys) {
+        VecU words[kKeys][4];
+#pragma GCC unroll 2
+        for (int i = 0; i < kKeys; ++i) {
+          const uint32_t c0 = static_cast<uint32_t>((first_key + group) / 8 + column - group + i);
+          words[i][0] = VecU{} + c0;
+          words[i][1] = queries;
+          words[i][2] = VecU{} + dropout.head;
+          words[i][3] = VecU{};
+          philox(words[i], dropout.keys);
+        }
 #pragma GCC unroll 8
         for (int slot = 0; slot < 8; ++slot) {
           const int64_t j = column + 8 * slot;
-          const VecU word = words[slot / 2];
-          const VecI number = (VecI)(slot % 2 ? word >> 16 : word & 0xffff);
-          if (j < n) body(j, number >= dropout.threshold);
+#pragma GCC unroll 2
+          for (int i = 0; i < kKeys; ++i) {
+            const VecU word = words[i][slot / 2];
+            keep[i] = (VecI)(slot % 2 ? word >> 16 : word & 0xffff) >= dropout.threshold;
+          }
+          if (j < n) body(j, keep);
         }
       }
     }

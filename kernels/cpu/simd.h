@@ -118,14 +118,17 @@ FASTGPT_INLINE VecF load(const int8_t* p) {
 #endif
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// The upper half of each lane is x rounded to bfloat16: to nearest, ties to even; NaN stays NaN.
+FASTGPT_INLINE VecU rounded_bits(VecF x) {
+  const VecU u = bits_of(x);
+  return x == x ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;
+}
+
 FASTGPT_INLINE void store(Bf16* p, VecF x) {
 #if defined(__AVX512BF16__) && !defined(FASTGPT_LANES)
   const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
 #else
-  const VecU u = bits_of(x);
-  const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const VecU16 half = __builtin_convertvector(x == x ? rounded : (u >> 16) | 0x40, VecU16);
+  const VecU16 half = __builtin_convertvector(rounded_bits(x) >> 16, VecU16);
 #endif
   memcpy(p, &half, sizeof half);
 }

@@ -207,9 +207,9 @@ struct KernelTable {
   void (*screen_rows)(const ScreenRowsArgs&);
   int64_t (*draw_bytes)(int64_t count, int64_t n, const DrawOptions&, int num_threads);
   void (*draw_tokens)(const DrawArgs&);
-  int64_t (*attention_forward_floats)(const AttentionSizes&, int num_threads);
+  int64_t (*attention_forward_floats)(const AttentionSizes&, DType, int num_threads);
   void (*attention_forward)(const AttentionForwardArgs&);
-  int64_t (*attention_backward_floats)(const AttentionSizes&, int num_threads);
+  int64_t (*attention_backward_floats)(const AttentionSizes&, DType, int num_threads);
   void (*attention_backward)(const AttentionBackwardArgs&);
   int64_t (*gemm_floats)(const GemmArgs&);
   void (*gemm)(const GemmArgs&);
