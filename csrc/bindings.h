@@ -6,6 +6,7 @@
 namespace fastgpt {
 
 void bind_attention(pybind11::module_& module);
+void bind_block(pybind11::module_& module);
 void bind_cross_entropy(pybind11::module_& module);
 void bind_decode_attention(pybind11::module_& module);
 void bind_decoder(pybind11::module_& module);

@@ -17,6 +17,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("openmp") = false;
 #endif
   fastgpt::bind_attention(module);
+  fastgpt::bind_block(module);
   fastgpt::bind_cross_entropy(module);
   fastgpt::bind_decode_attention(module);
   fastgpt::bind_decoder(module);

@@ -86,6 +86,11 @@ def keeps_bfloat16() -> bool:
     return _bfloat16.get()
 
 
+def is_kept() -> bool:
+    """True while some `kept_memory()` of this process is open."""
+    return _depth > 0
+
+
 @functools.cache
 def _glibc() -> ctypes.CDLL | None:
     """The C library, if it is glibc."""

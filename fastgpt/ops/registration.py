@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import memory
+from fastgpt.ops import buffers
 
 _library = torch.library.Library("fastgpt", "DEF")
 
@@ -44,7 +45,9 @@ def compact(*activations: Tensor | None) -> tuple[Tensor | None, ...]:
     """Activations as a Function is to save them: as they are, or in half the memory (`memory.bfloat16_activations`)."""
     if not memory.keeps_bfloat16():
         return activations
-    return tuple(t.bfloat16() if t is not None and t.dtype is torch.float32 else t for t in activations)
+    return tuple(
+        buffers.cast(t, torch.bfloat16) if t is not None and t.dtype is torch.float32 else t for t in activations
+    )
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt.ops import dispatch, philox, registration
+from fastgpt.ops import buffers, dispatch, philox, registration
 
 BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
 
@@ -145,7 +145,7 @@ class _CausalAttention(torch.autograd.Function):
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *kept, lse = ctx.saved_tensors
-        q, k, v, out = (tensor.to(dout.dtype) for tensor in kept)
+        q, k, v, out = (buffers.cast(tensor, dout.dtype) for tensor in kept)
         dq, dk, dv = ctx.chosen.backward(dout, q, k, v, out, lse, *ctx.settings)
         return dq, dk, dv, None, None, None, None
 

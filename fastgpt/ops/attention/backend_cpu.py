@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgpt.ops import cpu_support, philox
+from fastgpt.ops import buffers, cpu_support, philox
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _readable(x: Tensor) -> Tensor:
 def _empty_like(x: Tensor) -> Tensor:
     """As model code wants it: transposed back, the heads of a position lie side by side."""
     batch, n_heads, length, head_dim = x.shape
-    return x.new_empty(batch, length, n_heads, head_dim).transpose(1, 2)
+    return buffers.empty((batch, length, n_heads, head_dim), x.dtype).transpose(1, 2)
 
 
 def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt.ops import dispatch, philox, registration
+from fastgpt.ops import buffers, dispatch, philox, registration
 from fastgpt.ops.layer_norm.layout import check_weights
 
 BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
@@ -131,7 +131,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         if dnormed is None:
             assert dtotal is not None, "one of them has a gradient, or autograd would not come here"
             dnormed = torch.zeros_like(dtotal)
-        total = total.to(dnormed.dtype)
+        total = buffers.cast(total, dnormed.dtype)
         grads = ctx.chosen.backward(dtotal, dnormed, total, *saved, *ctx.settings)
         return *grads, None, None, None, None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgpt.ops import cpu_support, philox
+from fastgpt.ops import buffers, cpu_support, philox
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
 from fastgpt.ops.layer_norm.layout import as_rows
 
@@ -25,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns total and normed (like x, contiguous), mean and rstd (x.shape[:-1], float32)."""
     rows, residual_rows = as_rows(x), as_rows(residual)
-    total, normed = torch.empty(x.shape, dtype=x.dtype, device="cpu"), torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    total, normed = buffers.empty(x.shape, x.dtype), buffers.empty(x.shape, x.dtype)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
     rstd = torch.empty_like(mean)
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -46,9 +46,9 @@ def backward(
     rows, drows = as_rows(total), as_rows(dnormed)
     dtotal_rows = None if dtotal is None else as_rows(dtotal)
     weight = weight.contiguous()
-    dresidual = torch.empty(total.shape, dtype=total.dtype, device="cpu")
+    dresidual = buffers.empty(total.shape, total.dtype)
     threshold = philox.threshold(dropout_p)
-    dx = torch.empty_like(dresidual) if threshold else dresidual
+    dx = buffers.empty(total.shape, total.dtype) if threshold else dresidual
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     if weight.numel():
         load("cpu").dropout_add_layer_norm_backward(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from fastgpt.ops import cpu_support, philox
+from fastgpt.ops import buffers, cpu_support, philox
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def why_not(case: Case) -> str | None:
 def forward(ids: Tensor, weight: Tensor, position_weight: Tensor, dropout_p: float, seed: int) -> Tensor:
     """Returns (batch, n_tokens, n), contiguous."""
     ids, weight, position_weight = ids.long().contiguous(), weight.contiguous(), position_weight.contiguous()
-    out = torch.empty(*ids.shape, weight.shape[1], dtype=weight.dtype, device="cpu")
+    out = buffers.empty((*ids.shape, weight.shape[1]), weight.dtype)
     load("cpu").embedding_forward(
         out.data_ptr(), ids.data_ptr(), weight.data_ptr(), position_weight.data_ptr(),
         *out.shape, weight.shape[0], position_weight.shape[0], seed,
@@ -36,9 +35,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns dweight (vocab_size, n) and dposition (context_length, n)."""
     dout, ids = dout.contiguous(), ids.long().contiguous()
-    dweight, dposition = (
-        torch.empty(length, dout.shape[2], dtype=dout.dtype, device="cpu") for length in (vocab_size, context_length)
-    )
+    dweight, dposition = (buffers.empty((length, dout.shape[2]), dout.dtype) for length in (vocab_size, context_length))
     load("cpu").embedding_backward(
         dweight.data_ptr(), dposition.data_ptr(), dout.data_ptr(), ids.data_ptr(),
         *dout.shape, vocab_size, context_length, seed,

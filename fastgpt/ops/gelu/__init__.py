@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt.ops import dispatch, registration
+from fastgpt.ops import buffers, dispatch, registration
 
 BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
 
@@ -101,7 +101,7 @@ class _Gelu(torch.autograd.Function):
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        return *ctx.chosen.backward(dout, x.to(dout.dtype), bias), None
+        return *ctx.chosen.backward(dout, buffers.cast(x, dout.dtype), bias), None
 
 
 # The registered op: what torch.compile sees.

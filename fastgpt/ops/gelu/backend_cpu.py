@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgpt.ops import cpu_support
+from fastgpt.ops import buffers, cpu_support
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def why_not(case: Case) -> str | None:
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Returns gelu(x + bias), contiguous."""
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    out = buffers.empty(x.shape, x.dtype)
     if x.numel():
         bias, address, code = _readable(bias)
         load("cpu").gelu_forward(
@@ -34,7 +34,7 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
 def backward(dout: Tensor, x: Tensor, bias: Tensor | None, *, in_place: bool = False) -> tuple[Tensor, Tensor | None]:
     """Returns dx = dout · gelu'(x + bias), contiguous, and dbias. `in_place` writes dx over a contiguous dout."""
     x, dout = x.contiguous(), dout.contiguous()
-    dx = dout if in_place else torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    dx = dout if in_place else buffers.empty(x.shape, x.dtype)
     if x.numel() == 0:
         return dx, None if bias is None else torch.zeros_like(bias)
     bias, address, code = _readable(bias)

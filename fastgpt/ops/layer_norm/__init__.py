@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt.ops import dispatch, registration
+from fastgpt.ops import buffers, dispatch, registration
 from fastgpt.ops.layer_norm.layout import check_weights
 
 BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
@@ -78,7 +78,7 @@ class _LayerNorm(torch.autograd.Function):
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        dx, dweight, dbias = ctx.chosen.backward(dout, x.to(dout.dtype), *saved)
+        dx, dweight, dbias = ctx.chosen.backward(dout, buffers.cast(x, dout.dtype), *saved)
         return dx, dweight, dbias, None, None
 
 

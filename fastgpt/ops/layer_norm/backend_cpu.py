@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgpt.ops import cpu_support
+from fastgpt.ops import buffers, cpu_support
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
 from fastgpt.ops.layer_norm.layout import as_rows
 
@@ -23,7 +23,7 @@ def why_not(case: Case) -> str | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out (like x, contiguous), mean and rstd (x.shape[:-1], float32)."""
     rows = as_rows(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    out = buffers.empty(x.shape, x.dtype)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
     rstd = torch.empty_like(mean)
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -40,7 +40,7 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
     """Returns dx (like x, contiguous), dweight and dbias (n,) in the dtype of weight."""
     rows, drows = as_rows(x), as_rows(dout)
     weight = weight.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    dx = buffers.empty(x.shape, x.dtype)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     load("cpu").layer_norm_backward(
         dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),

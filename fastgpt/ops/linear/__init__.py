@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt.ops import dispatch, registration
+from fastgpt.ops import buffers, dispatch, registration
 
 # Products of fewer multiplications take less time than our autograd Function in Python: PyTorch's own is in C++.
 _SMALL = 2**23
@@ -169,7 +169,7 @@ class _PackedLinear(torch.autograd.Function):
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        x = None if x is None else x.to(dout.dtype)
+        x = None if x is None else buffers.cast(x, dout.dtype)
         needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]
         grads = ctx.chosen.backward(dout, x, weights, ctx.shape, ctx.sizes, needs)
         return grads[0], None, None, *grads[1:]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.ops import registration
+from fastgpt.ops import buffers, registration
 from fastgpt.ops.gelu import check, choose, gelu
 from fastgpt.ops.linear import choose as choose_linear
 from fastgpt.ops.linear import linear, prepare
@@ -74,7 +74,7 @@ class _GeluLinear(torch.autograd.Function):
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, gelu_bias, weight = ctx.saved_tensors
-        x = x.to(dout.dtype)
+        x = buffers.cast(x, dout.dtype)
         activation, product = ctx.backends
         needs_x, needs_gelu_bias, *needs = ctx.needs_input_grad[:4]
         # One buffer for the output of gelu, for its gradient and for dx.

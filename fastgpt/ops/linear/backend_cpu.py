@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgpt.ops import cpu_support
+from fastgpt.ops import buffers, cpu_support
 from fastgpt.ops.linear.products import matmul_into
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def why_not(case: Case) -> str | None:
 def forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """Returns the layers' results side by side, contiguous."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    out = torch.empty((rows.shape[0], sum(weight.shape[0] for weight in weights)), dtype=x.dtype, device="cpu")
+    out = buffers.empty((rows.shape[0], sum(weight.shape[0] for weight in weights)), x.dtype)
     begin = 0
     for weight, bias in zip(weights, biases, strict=True):
         end = begin + weight.shape[0]
@@ -63,7 +63,7 @@ def backward(
 
 
 def _gradient_of_x(grads: Sequence[Tensor], weights: Sequence[Tensor | None], rows: int, n_in: int) -> Tensor:
-    dx = torch.empty((rows, n_in), dtype=grads[0].dtype, device="cpu")
+    dx = buffers.empty((rows, n_in), grads[0].dtype)
     for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
         assert weight is not None, "saved by the door when x needs a gradient"
         matmul_into(dx, grad, weight, accumulate=index > 0)
@@ -77,6 +77,6 @@ def _gradients_of_parameters(
         return None, grad.sum(0) if needs_bias else None
     assert x is not None, "saved by the door when a weight needs a gradient"
     sums = torch.empty(grad.shape[1], dtype=torch.float32, device="cpu") if needs_bias else None
-    dweight = torch.empty((grad.shape[1], x.shape[1]), dtype=grad.dtype, device="cpu")
+    dweight = buffers.empty((grad.shape[1], x.shape[1]), grad.dtype)
     matmul_into(dweight, grad.t(), x, row_sums=sums)
     return dweight, None if sums is None else sums.to(grad.dtype)

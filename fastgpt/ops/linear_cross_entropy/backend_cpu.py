@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgpt.ops import cpu_support
+from fastgpt.ops import buffers, cpu_support
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
 from fastgpt.ops.layer_norm.layout import as_rows
 from fastgpt.ops.linear.products import matmul_into
@@ -37,8 +37,8 @@ def forward(
     # Inside an autocast region the products would come back in another dtype than the buffers have.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, targets, head = as_rows(x), targets.contiguous(), weight.to(x.dtype)
-        dx = torch.empty(x.shape, dtype=x.dtype, device="cpu") if needs_dx else None
-        dweight = torch.empty(weight.shape, dtype=weight.dtype, device="cpu") if needs_dweight else None
+        dx = buffers.empty(x.shape, x.dtype) if needs_dx else None
+        dweight = buffers.empty(weight.shape, weight.dtype) if needs_dweight else None
         count = int((targets != ignore_index).sum())
         losses = torch.empty(len(targets), dtype=torch.float32, device="cpu")
         if count == 0:
@@ -47,7 +47,7 @@ def forward(
                 if gradient is not None:
                     gradient.zero_()
             return torch.full((), torch.nan, dtype=torch.float32, device="cpu"), dx, dweight
-        buffer = torch.empty(min(CHUNK_ROWS, len(x)), head.shape[0], dtype=x.dtype, device="cpu")
+        buffer = buffers.empty((min(CHUNK_ROWS, len(x)), head.shape[0]), x.dtype)
         for begin in range(0, len(x), CHUNK_ROWS):
             rows = slice(begin, begin + CHUNK_ROWS)
             logits = buffer[: len(x[rows])]

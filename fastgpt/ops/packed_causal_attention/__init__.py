@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.ops import attention, dispatch, philox, registration
+from fastgpt.ops import attention, buffers, dispatch, philox, registration
 from fastgpt.ops.attention import Case
 
 BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
@@ -98,7 +98,9 @@ class _PackedCausalAttention(torch.autograd.Function):
     @registration.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse = ctx.saved_tensors
-        dqkv = ctx.chosen.backward(dout, qkv.to(dout.dtype), out.to(dout.dtype), lse, *ctx.settings)
+        dqkv = ctx.chosen.backward(
+            dout, buffers.cast(qkv, dout.dtype), buffers.cast(out, dout.dtype), lse, *ctx.settings
+        )
         return dqkv, None, None, None, None
 
 

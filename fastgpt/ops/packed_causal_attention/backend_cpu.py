@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastgpt.ops import buffers
 from fastgpt.ops.attention import backend_cpu as unpacked
 from fastgpt.ops.packed_causal_attention import split
 
@@ -28,7 +29,7 @@ def backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, dropout_p: float, seed: int
 ) -> Tensor:
     """Returns the packed gradient, contiguous, in the layout of qkv."""
-    dqkv = qkv.new_empty(qkv.shape)
+    dqkv = buffers.empty(qkv.shape, qkv.dtype)
     unpacked.backward(
         dout.transpose(1, 2), *split(qkv), out.transpose(1, 2), lse, softmax_scale, dropout_p, seed, grads=split(dqkv)
     )
