@@ -49,7 +49,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS |= {
         "avx2": AVX2,
         "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+        "avx512_vnni": [*AVX512, "-mavx512vnni"],
+        "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     }
 
 CUDA_ARCHITECTURES = [

@@ -15,6 +15,9 @@ extern const KernelTable kTable;
 namespace avx512 {
 extern const KernelTable kTable;
 }
+namespace avx512_vnni {
+extern const KernelTable kTable;
+}
 namespace avx512_bf16 {
 extern const KernelTable kTable;
 }
@@ -34,8 +37,10 @@ std::vector<Isa> all() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
   return {{&avx512_bf16::kTable, has_bf16},
+          {&avx512_vnni::kTable, has_vnni},
           {&avx512::kTable, has_avx512},
           {&avx2::kTable, has_avx2},
           {&baseline::kTable, true}};

@@ -4,7 +4,7 @@
 |---------------------|----------------------------------------------------------------------------------|
 | FASTGPT_BACKEND     | backend for every op: auto (default), cuda, triton, cpu, torch, reference        |
 | FASTGPT_NUM_THREADS | threads of the CPU kernels; without it torch.get_num_threads()                   |
-| FASTGPT_ISA         | instruction set of the CPU kernels: baseline, avx2, avx512, avx512_bf16          |
+| FASTGPT_ISA         | CPU kernels for: baseline, avx2, avx512, avx512_vnni, avx512_bf16                |
 | FASTGPT_CUDA_PATH   | kernels of backend "cuda": auto (default: the GPU's best), sm_80 (any GPU's)     |
 | FASTGPT_OFFLINE     | 1: never use the network                                                         |
 | FASTGPT_BPE_DIR     | folder with GPT-2's encoder.json and vocab.bpe                                   |
@@ -27,7 +27,7 @@ from pathlib import Path
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
 CUDA_PATHS = ("auto", "sm_80")
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 

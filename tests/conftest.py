@@ -72,7 +72,7 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[OpBackend]:
     yield from _on_its_device(request.param)
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=["avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this processor has, in turn."""
     reason = extension.why_not("cpu")

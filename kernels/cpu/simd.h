@@ -5,7 +5,8 @@
 //   baseline      16 bytes,  4 lanes   SSE2 on x86-64, NEON on Arm, whatever the compiler has elsewhere
 //   avx2          32 bytes,  8 lanes   AVX2, FMA
 //   avx512        64 bytes, 16 lanes   AVX-512 F, BW, DQ, VL
-//   avx512_bf16   64 bytes, 16 lanes   and BF16, VNNI
+//   avx512_vnni   64 bytes, 16 lanes   and VNNI: sums of products of whole numbers
+//   avx512_bf16   64 bytes, 16 lanes   and BF16
 //
 // VecF is a vector type of GCC and Clang: + - * / and comparisons are lane by lane, a * b + c becomes one FMA
 // (-ffp-contract=fast). Everything here is static and lives in the namespace of its instruction set, so that the linker
