@@ -23,14 +23,14 @@ HeadsRef heads_ref(Address address, const Strides& strides, const AttentionSizes
   check_sizes({len, strides[2], 8}, what);
   check_sizes({s.batch, s.n_heads, len, s.head_dim}, what);
   const int64_t count = s.batch * s.n_heads * len * s.head_dim;
-  require(strides[3] == 1 || s.head_dim == 1 || count == 0, std::string(what) + ": the last axis must be contiguous");
+  require(strides[3] == 1 || s.head_dim == 1 || count == 0, what, ": the last axis must be contiguous");
   return {pointer(address, count, dtype_size(dtype), what), strides[0], strides[1], strides[2]};
 }
 
 AttentionSizes check_attention_sizes(const std::array<int64_t, 5>& sizes, int num_threads, const char* what) {
   const AttentionSizes s = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-  require(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim, std::string(what) + ": head_dim must be from 1 to 256");
-  require(s.q_len >= 0 && s.q_len <= s.k_len, std::string(what) + ": q_len must be from 0 to k_len");
+  require(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim, what, ": head_dim must be from 1 to 256");
+  require(s.q_len >= 0 && s.q_len <= s.k_len, what, ": q_len must be from 0 to k_len");
   // The workspace has at most 12 sums and 5 copies of a head for each thread.
   check_sizes({s.k_len, 1024, check_threads(num_threads), 32}, what);
   return s;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <sstream>
 #include <string>
 
 #include "../kernels/cpu/table.h"
@@ -16,15 +17,23 @@ namespace fastgpt {
 // A tensor's address as Python passes it: tensor.data_ptr().
 using Address = uintptr_t;
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw pybind11::value_error(message);
+template <typename Error, typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+// The message is text and numbers, put together only where the check fails: a call checks dozens of things.
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) refuse<pybind11::value_error>(parts...);
 }
 
 inline int64_t multiply(int64_t a, int64_t b, const char* what) {
   int64_t product = 0;
-  require(
-      a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product),
-      std::string(what) + ": sizes " + std::to_string(a) + " x " + std::to_string(b) + " are negative or too large");
+  require(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product), what, ": sizes ", a, " x ", b,
+          " are negative or too large");
   return product;
 }
 
@@ -35,7 +44,7 @@ inline void check_sizes(std::initializer_list<int64_t> sizes, const char* what) 
 }
 
 inline DType to_dtype(int code, const char* what) {
-  require(code == 0 || code == 1, std::string(what) + ": unknown dtype code " + std::to_string(code));
+  require(code == 0 || code == 1, what, ": unknown dtype code ", code);
   return static_cast<DType>(code);
 }
 
@@ -43,8 +52,8 @@ inline int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2
 
 // An address of count elements: not null unless count is 0, and aligned to the element.
 inline void* pointer(Address address, int64_t count, int64_t element_size, const char* what) {
-  require(count == 0 || address != 0, std::string(what) + ": null pointer");
-  require(address % element_size == 0, std::string(what) + ": misaligned pointer");
+  require(count == 0 || address != 0, what, ": null pointer");
+  require(address % element_size == 0, what, ": misaligned pointer");
   return reinterpret_cast<void*>(address);
 }
 
@@ -53,7 +62,7 @@ inline float* float_pointer(Address address, int64_t count, const char* what) {
 }
 
 inline int32_t check_threshold(int32_t threshold, const char* what) {
-  require(threshold >= 0 && threshold <= 65536, std::string(what) + ": dropout_threshold must be from 0 to 65536");
+  require(threshold >= 0 && threshold <= 65536, what, ": dropout_threshold must be from 0 to 65536");
   return threshold;
 }
 

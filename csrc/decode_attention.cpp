@@ -20,9 +20,8 @@ void check_strides(int64_t batch, int64_t n_heads, int64_t max_len, int64_t s0, 
 const int64_t* check_lengths(Address address, int64_t batch, int64_t max_len) {
   const auto* lengths = static_cast<const int64_t*>(pointer(address, batch, sizeof(int64_t), "decode_attention"));
   for (int64_t row = 0; row < batch; ++row)
-    require(lengths[row] >= 1 && lengths[row] <= max_len,
-            "decode_attention: lengths[" + std::to_string(row) + "] is " + std::to_string(lengths[row]) +
-                "; a row needs from 1 to max_len = " + std::to_string(max_len) + " keys.");
+    require(lengths[row] >= 1 && lengths[row] <= max_len, "decode_attention: lengths[", row, "] is ", lengths[row],
+            "; a row needs from 1 to max_len = ", max_len, " keys.");
   return lengths;
 }
 
