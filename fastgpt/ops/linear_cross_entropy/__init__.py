@@ -63,7 +63,7 @@ def linear_cross_entropy(
     Paper: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024.
     """
     _check(x, weight, targets)
-    x, targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
+    targets = targets.reshape(-1)
     dtype, device = x.dtype, x.device.type
     if dtype is not torch.float64 and torch.is_autocast_enabled(device):
         x, dtype = x.to(torch.get_autocast_dtype(device)), torch.float32
@@ -71,17 +71,27 @@ def linear_cross_entropy(
     needs_dx, needs_dweight = registration.needs_grad(x), registration.needs_grad(weight)
     if torch.compiler.is_compiling():
         call = torch.ops.fastgpt.linear_cross_entropy
-        loss: Tensor = call(x, weight, targets, ignore_index, needs_dx, needs_dweight, backend)[0]
+        loss: Tensor = call(_rows(x), weight, targets, ignore_index, needs_dx, needs_dweight, backend)[0]
         return loss.to(dtype)
-    _check_targets(targets, weight.shape[0], ignore_index)
     chosen = OP.choose(_case(x, weight), backend)
-    if getattr(chosen, "NATIVE_AUTOGRAD", False):
-        loss = chosen.apply(x, weight, targets, ignore_index)
-    elif needs_dx or needs_dweight:
-        loss = _LinearCrossEntropy.apply(x, weight, targets, ignore_index, chosen)
-    else:
-        loss = chosen.forward(x, weight, targets, ignore_index, False, False)[0]
+    if not getattr(chosen, "CHECKS_RANGE", False):
+        _check_targets(targets, weight.shape[0], ignore_index)
+    try:
+        if getattr(chosen, "NATIVE_AUTOGRAD", False):
+            loss = chosen.apply(_rows(x), weight, targets, ignore_index)
+        elif needs_dx or needs_dweight:
+            loss = _LinearCrossEntropy.apply(x, weight, targets, ignore_index, chosen)
+        else:
+            loss = chosen.forward(_rows(x), weight, targets, ignore_index, False, False)[0]
+    except IndexError:
+        # It found such a target; this says where.
+        _check_targets(targets, weight.shape[0], ignore_index)
+        raise
     return loss.to(dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _case(x: Tensor, weight: Tensor) -> Case:
@@ -112,7 +122,7 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 def _check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
     # Elsewhere the look would wait for the device.
-    if targets.device.type != "cpu":
+    if not targets.is_cpu:
         return
     wrong = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
     if wrong.any():
@@ -126,7 +136,7 @@ def _check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chosen: ModuleType) -> Tensor:
-        loss, *ctx.grads = chosen.forward(x, weight, targets, ignore_index, *ctx.needs_input_grad[:2])
+        loss, *ctx.grads = chosen.forward(_rows(x), weight, targets, ignore_index, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(x, weight, targets)
         ctx.settings = (ignore_index, chosen)
         return loss
@@ -136,15 +146,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         # Handed out, not kept: the gradient of the head can then become its .grad without a copy.
         grads, ctx.grads = ctx.grads, None
+        x, *saved = ctx.saved_tensors
         if grads is None:
             ignore_index, chosen = ctx.settings
-            _, *grads = chosen.forward(*ctx.saved_tensors, ignore_index, *ctx.needs_input_grad[:2])
-        return *_scaled(grads, dloss), None, None, None
+            _, *grads = chosen.forward(_rows(x), *saved, ignore_index, *ctx.needs_input_grad[:2])
+        dx, dweight = _scaled(grads, dloss)
+        return None if dx is None else dx.view(x.shape), dweight, None, None, None
 
 
 def _scaled(grads: list[Tensor | None], dloss: Tensor) -> list[Tensor | None]:
     # A loss that is differentiated itself has dloss = 1; to know that of another device would mean to wait for it.
-    if dloss.device.type == "cpu" and dloss == 1:
+    if dloss.is_cpu and dloss.item() == 1:
         return grads
     return [None if grad is None else grad.mul_(dloss) for grad in grads]
 

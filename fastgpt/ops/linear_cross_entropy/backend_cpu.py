@@ -6,6 +6,7 @@ it, and the kernel writes the gradient of the logits over them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,9 @@ from fastgpt.ops.linear.products import matmul_into
 
 if TYPE_CHECKING:
     from fastgpt.ops.linear_cross_entropy import Case
+
+# The kernel raises IndexError for a target outside the vocabulary.
+CHECKS_RANGE = True
 
 # Rows whose logits exist at a time, 206 MB of them with GPT-2's words; every chunk reads the weights twice, and reads and
 # writes their gradient. Forward and backward of (rows, 768) by (50257, 768) on two Zen 3 cores, speed in times of chunks
@@ -35,11 +39,11 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the mean loss (float32), dx (like x) and dweight (like weight), or None for what is not needed."""
     # Inside an autocast region the products would come back in another dtype than the buffers have.
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
         x, targets, head = as_rows(x), targets.contiguous(), weight.to(x.dtype)
         dx = buffers.empty(x.shape, x.dtype) if needs_dx else None
         dweight = buffers.empty(weight.shape, weight.dtype) if needs_dweight else None
-        count = int((targets != ignore_index).sum())
+        count = load("cpu").count_targets(targets.data_ptr(), len(targets), len(head), ignore_index)
         losses = torch.empty(len(targets), dtype=torch.float32, device="cpu")
         if count == 0:
             # Every gradient is zero, and 0 / 0 the mean.
@@ -47,17 +51,18 @@ def forward(
                 if gradient is not None:
                     gradient.zero_()
             return torch.full((), torch.nan, dtype=torch.float32, device="cpu"), dx, dweight
-        buffer = buffers.empty((min(CHUNK_ROWS, len(x)), head.shape[0]), x.dtype)
+        buffer = buffers.empty((min(CHUNK_ROWS, len(x)), len(head)), x.dtype)
         for begin in range(0, len(x), CHUNK_ROWS):
             rows = slice(begin, begin + CHUNK_ROWS)
-            logits = buffer[: len(x[rows])]
-            matmul_into(logits, x[rows], head.t())
+            chunk = x[rows]
+            logits = buffer[: len(chunk)]
+            matmul_into(logits, chunk, head.t())
             _cross_entropy(losses[rows], logits, targets[rows], ignore_index, 1 / count, needs_dx or needs_dweight)
             if dx is not None:
                 matmul_into(dx[rows], logits, head)
             if dweight is not None:
-                matmul_into(dweight, logits.t(), x[rows], accumulate=begin > 0)
-        return (losses.double().sum() / count).float(), dx, dweight
+                matmul_into(dweight, logits.t(), chunk, accumulate=begin > 0)
+        return losses.sum(dtype=torch.float64).div_(count).float(), dx, dweight
 
 
 def _cross_entropy(
