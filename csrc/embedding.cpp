@@ -13,7 +13,8 @@ namespace {
 const int64_t* check_ids(Address address, int64_t count, int64_t vocab_size, const char* what) {
   const int64_t* ids = static_cast<const int64_t*>(pointer(address, count, sizeof(int64_t), what));
   for (int64_t i = 0; i < count; ++i)
-    require(ids[i] >= 0 && ids[i] < vocab_size, std::string(what) + ": an id is outside the vocabulary");
+    if (ids[i] < 0 || ids[i] >= vocab_size)
+      refuse<pybind11::index_error>(what, ": id ", ids[i], " is outside the vocabulary of ", vocab_size);
   return ids;
 }
 

@@ -42,10 +42,8 @@ def is_plain(module: Any, cls: type) -> bool:
     if type(module) is not cls:
         return False
     module = cast(nn.Module, module)
-    if "forward" in module.__dict__ or is_hooked(module):
-        return False
     # module.compile() puts its own call in place of forward.
-    return module._compiled_call_impl is None
+    return not ("forward" in module.__dict__ or is_hooked(module) or module._compiled_call_impl)
 
 
 def is_linear(module: Any) -> bool:
@@ -58,8 +56,10 @@ def is_linear(module: Any) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """True when something wants to see what goes into this module, or comes out."""
+    # Past nn.Module.__getattr__, for this is asked about every module of a model at every step.
+    own = module.__dict__
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 
@@ -201,12 +201,14 @@ def add_and_norm(
     """
     p, parts = dropout_p(drop), None if follower is None else norm(follower)
     # Under autocast the branch is bfloat16 and the sum float32, as PyTorch promotes them.
-    joined = torch.promote_types(branch.dtype, x.dtype) == x.dtype and type(branch) is Tensor
+    alike = branch.dtype is x.dtype
+    joined = (alike or torch.promote_types(branch.dtype, x.dtype) == x.dtype) and type(branch) is Tensor
     if p is None or parts is None or not joined:
         total = x + (branch if drop is None else drop(branch))
         return total, None if follower is None else follower(total)
     weight, bias, eps = parts
-    return ops.dropout_add_layer_norm(branch.to(x.dtype), x, weight, bias, dropout_p=p, eps=eps)
+    branch = branch if alike else branch.to(x.dtype)
+    return ops.dropout_add_layer_norm(branch, x, weight, bias, dropout_p=p, eps=eps)
 
 
 def embed(tok_emb: nn.Module, pos_emb: nn.Module, in_idx: Tensor, p: float) -> Tensor | None:

@@ -70,7 +70,7 @@ def bfloat16_activations() -> Iterator[None]:
 
     The forward is the same to the last bit, and so are its losses. Gradients are computed in float32 from activations
     rounded to 8 bits, about 0.4 % off. Statistics and parameters are kept as they are; so are activations that PyTorch
-    itself keeps (for the products of tiny models), and those of code under torch.compile.
+    itself keeps (for products, norms and embeddings of tiny models), and those of code under torch.compile.
 
     Only the forward must run inside; gradients may be computed outside.
     """

@@ -114,6 +114,15 @@ def test_the_cpu_kernels_are_what_runs_on_the_cpu(name):
         assert room(name).OP.choose(case).__name__.endswith("backend_cpu"), case
 
 
+@pytest.mark.parametrize(("rows", "function"), [(255, "NativeLayerNormBackward0"), (257, "_LayerNormBackward")])
+def test_a_tiny_input_is_left_to_pytorch_unless_a_backend_is_named(rows, function):
+    if room("layer_norm").OP.why_not("cpu", room("layer_norm").EXAMPLE_CASES[0]):
+        pytest.skip("layer_norm has no cpu backend")
+    x, weight = torch.randn(rows, 512), torch.ones(512, requires_grad=True)
+    assert ops.layer_norm(x, weight, weight).grad_fn.name() == function
+    assert ops.layer_norm(x, weight, weight, backend="cpu").grad_fn.name() == "_LayerNormBackward"
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "read"),
     [

@@ -10,6 +10,9 @@ backend's reason. A name for many ops at once (`use_backend`, FASTGPT_BACKEND) l
 
 A backend that sets NATIVE_AUTOGRAD = True is differentiated by PyTorch itself and offers `apply(...)` instead of
 `forward` and `backward`. One that sets AUTOMATIC to a sentence is never taken by "auto", for that reason.
+
+On the CPU rooms leave tiny inputs to the torch backend (`Op.for_tiny`): our autograd Function takes longer in Python
+than such an op in C++. Each room says up to what size, and what it measured.
 """
 
 from __future__ import annotations
@@ -61,11 +64,6 @@ def requested(backend: str | None = None) -> str:
     return _override.get() or _from_environment()
 
 
-def is_automatic(backend: str | None = None) -> bool:
-    """True when nobody has named a backend."""
-    return requested(backend) == "auto"
-
-
 def _known(name: str) -> str:
     if name not in env.BACKENDS:
         raise ValueError(f"backend {name!r} is not known; use one of: {', '.join(env.BACKENDS)}.")
@@ -107,6 +105,10 @@ class Op:
         if chosen is None:
             chosen = self._chosen[key] = self._decide(case, name)
         return chosen
+
+    def for_tiny(self, backend: str | None = None) -> ModuleType | None:
+        """The torch backend for an input on the CPU that is too small for ours; None where a backend is asked for."""
+        return self.module("torch") if requested(backend) == "auto" else None
 
     def _decide(self, case: Any, name: str) -> ModuleType:
         if name != "auto":

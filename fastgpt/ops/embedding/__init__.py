@@ -21,6 +21,10 @@ from torch import Tensor
 
 from fastgpt.ops import dispatch, philox, registration
 
+# Up to here PyTorch's own ops take less time, though our kernel reads and writes less: 256 tokens by 64 numbers forward
+# and backward on a Zen 3 core in 0.73 of our time, 1024 by 128 in 0.82, 1024 by 256 in 1.44.
+_TINY = 2**17
+
 BACKENDS = ("triton", "cpu", "torch", "reference")
 
 
@@ -70,14 +74,22 @@ def embedding(
         drawn = torch.randint(2**63 - 1, (), device="cpu") if dropout_p else None
         out: Tensor = torch.ops.fastgpt.embedding(ids, weight, position_weight, drawn, dropout_p, backend)
         return out
-    _check_ids(ids, weight.shape[0])
-    chosen = OP.choose(_case(ids, weight, dropout_p), backend)
-    if getattr(chosen, "NATIVE_AUTOGRAD", False):
-        return chosen.apply(ids, weight, position_weight, dropout_p)
-    seed = philox.draw_seed() if dropout_p else 0
-    if registration.needs_grad(weight, position_weight):
-        return _Embedding.apply(ids, weight, position_weight, dropout_p, seed, chosen)
-    return chosen.forward(ids, weight, position_weight, dropout_p, seed)
+    tiny = not dropout_p and ids.numel() * weight.shape[1] < _TINY and ids.is_cpu and weight.dtype is torch.float32
+    chosen = OP.for_tiny(backend) if tiny else None
+    chosen = chosen or OP.choose(_case(ids, weight, dropout_p), backend)
+    if not getattr(chosen, "CHECKS_RANGE", False):
+        _check_ids(ids, weight.shape[0])
+    try:
+        if getattr(chosen, "NATIVE_AUTOGRAD", False):
+            return chosen.apply(ids, weight, position_weight, dropout_p)
+        seed = philox.draw_seed() if dropout_p else 0
+        if registration.needs_grad(weight, position_weight):
+            return _Embedding.apply(ids, weight, position_weight, dropout_p, seed, chosen)
+        return chosen.forward(ids, weight, position_weight, dropout_p, seed)
+    except IndexError:
+        # It found such an id; this says where.
+        _check_ids(ids, weight.shape[0])
+        raise
 
 
 def _case(ids: Tensor, weight: Tensor, dropout_p: float) -> Case:

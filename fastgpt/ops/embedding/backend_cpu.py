@@ -12,6 +12,9 @@ from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
 if TYPE_CHECKING:
     from fastgpt.ops.embedding import Case
 
+# The kernel raises IndexError for an id outside the vocabulary.
+CHECKS_RANGE = True
+
 
 def why_not(case: Case) -> str | None:
     """float32 and bfloat16 on the CPU."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import buffers, dispatch, registration
-from fastgpt.ops.layer_norm.layout import check_weights
+from fastgpt.ops.layer_norm.layout import check_weights, is_tiny
 
 BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
 
@@ -42,7 +42,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
         backend: nearest choice of a backend; see `fastgpt.ops.use_backend`.
 
     Returns:
-        (..., n) in the dtype of `x`; mean, variance and products are computed in float32 (float64 for float64).
+        (..., n) in the dtype of `x`; mean, variance and products are computed in float32 (float64 for float64). On the
+        CPU fewer than 2^17 float32 numbers are left to PyTorch's own norm, so the last bits depend on the size.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
@@ -54,7 +55,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.fastgpt.layer_norm(x, weight, bias, eps, backend)[0]
         return out
-    chosen = OP.choose(_case(x, weight), backend)
+    chosen = OP.for_tiny(backend) if is_tiny(x, weight) else None
+    chosen = chosen or OP.choose(_case(x, weight), backend)
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
         return chosen.apply(x, weight, bias, eps)
     if registration.needs_grad(x, weight, bias):

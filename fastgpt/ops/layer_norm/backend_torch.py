@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 NATIVE_AUTOGRAD = True
@@ -18,5 +18,5 @@ def why_not(case: Any) -> str | None:
 
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """F.layer_norm over the last axis."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    """F.layer_norm over the last axis, without its look at cuDNN's switch."""
+    return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)

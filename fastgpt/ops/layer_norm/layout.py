@@ -5,6 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Fewer elements than these take PyTorch's own norm less time, though its kernel is slower. Forward and backward of the
+# norm, and of norm with addition, on a Zen 3 core: PyTorch is 1.9 and 1.7 times as fast at 256 x 64, 1.5 and 1.25 times
+# at 512 x 128, 1.2 and 1.07 times at 1024 x 128, 1.0 and 0.83 times at 1024 x 256.
+_TINY = 2**17
+
+
+def is_tiny(x: Tensor, weight: Tensor) -> bool:
+    """True where the norm of x is left to PyTorch, see `dispatch.Op.for_tiny`."""
+    return x.numel() < _TINY and x.is_cpu and x.dtype is torch.float32 and weight.dtype is torch.float32
+
 
 def as_rows(x: Tensor) -> Tensor:
     """x as (rows, n) with a contiguous last axis; a view where the layout allows, else a copy."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgpt.ops import buffers, dispatch, registration
 
 # Products of fewer multiplications take less time than our autograd Function in Python: PyTorch's own is in C++.
-_SMALL = 2**23
+_TINY = 2**23
 
 BACKENDS = ("cpu", "torch", "reference")
 
@@ -85,18 +85,18 @@ def _run(
     name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], backend: str | None
 ) -> Tensor:
     x, weights, biases = prepare(name, x, weights, biases)
-    given = tuple(bias for bias in biases if bias is not None)
     if torch.compiler.is_compiling():
         if x.device.type != "cpu" and backend is None:
             # The compiler joins its own product with what comes after.
             return OP.module("torch").apply(x, weights, biases)
         has_bias = [bias is not None for bias in biases]
-        out: Tensor = torch.ops.fastgpt.packed_linear(x, list(weights), list(given), has_bias, backend)
+        given = [bias for bias in biases if bias is not None]
+        out: Tensor = torch.ops.fastgpt.packed_linear(x, list(weights), given, has_bias, backend)
         return out
     chosen = choose(x, weights, backend)
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
         return chosen.apply(x, weights, biases)
-    if registration.needs_grad(x, *weights, *given):
+    if registration.needs_grad(x, *weights, *(bias for bias in biases if bias is not None)):
         return _PackedLinear.apply(x, chosen, len(weights), *weights, *biases)
     return chosen.forward(x, weights, biases)
 
@@ -117,14 +117,13 @@ def prepare(
 
 def choose(x: Tensor, weights: tuple[Tensor, ...], backend: str | None) -> ModuleType:
     """The backend of a product: PyTorch's for a small one, unless another is asked for."""
-    device = x.device.type
-    if device == "cpu" and _is_small(x, weights) and dispatch.is_automatic(backend):
-        return OP.module("torch")
-    return OP.choose(Case(device, x.dtype), backend)
+    chosen = OP.for_tiny(backend) if is_tiny(x, weights) else None
+    return chosen or OP.choose(Case(x.device.type, x.dtype), backend)
 
 
-def _is_small(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
-    return x.numel() * sum(weight.shape[0] for weight in weights) < _SMALL
+def is_tiny(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+    """True where the product is left to PyTorch, see `dispatch.Op.for_tiny`."""
+    return x.is_cpu and x.numel() * sum([weight.shape[:1].numel() for weight in weights]) < _TINY
 
 
 def _check(name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> None:
@@ -133,8 +132,9 @@ def _check(name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tens
             f"{name}: there must be at least one weight and as many biases (None where there is none); "
             f"got {len(weights)} weights and {len(biases)} biases."
         )
+    n_in, dtype, device = x.shape[-1:], x.dtype, x.device
     for weight, bias in zip(weights, biases, strict=True):
-        if x.ndim == 0 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        if weight.ndim != 2 or weight.shape[1:] != n_in:
             raise ValueError(
                 f"{name}: weight must be (n_out, n_in) with the n_in of x (..., n_in); "
                 f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}."
@@ -145,7 +145,7 @@ def _check(name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tens
                 f"got {tuple(bias.shape)}."
             )
         for other in (weight,) if bias is None else (weight, bias):
-            if other.dtype != x.dtype or other.device != x.device:
+            if other.dtype is not dtype or other.device != device:
                 raise ValueError(
                     f"{name}: x, weight and bias must have one dtype and device; got x {x.dtype} on {x.device} and "
                     f"{other.dtype} on {other.device}. Cast or move one of them with .to()."

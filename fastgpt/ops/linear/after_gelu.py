@@ -43,7 +43,7 @@ def gelu_linear(
     Paper: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
     # A frozen weight keeps no input, and where PyTorch differentiates, it keeps what it wants.
-    if registration.needs_grad(weight) and not torch.compiler.is_compiling():
+    if registration.needs_grad(weight) and not torch.compiler.is_compiling() and not _is_native(x, weight, backend):
         check(x, gelu_bias)
         cast_x, (cast_weight,), (cast_bias,) = prepare("gelu_linear", x, (weight,), (bias,))
         backends = choose(x, gelu_bias, backend), choose_linear(cast_x, (cast_weight,), backend)
@@ -52,6 +52,10 @@ def gelu_linear(
             out: Tensor = _GeluLinear.apply(x, gelu_bias, cast_weight, cast_bias, *backends)
             return out
     return linear(gelu(x, gelu_bias, backend=backend), weight, bias, backend=backend)
+
+
+def _is_native(x: Tensor, weight: Tensor, backend: str | None) -> bool:
+    return getattr(choose_linear(x, (weight,), backend), "NATIVE_AUTOGRAD", False)
 
 
 class _GeluLinear(torch.autograd.Function):
