@@ -2,9 +2,9 @@
 //
 //   lane l:  sum[l] + a[2 l] b[2 l] + a[2 l + 1] b[2 l + 1]        a, b bfloat16, sum float32
 //
-// vdpbf16ps is that in one instruction: twice the multiplications of an FMA. It rounds to nearest even after each of
-// the two, takes and makes denormals as 0 and heeds no mode; elsewhere two multiply-adds do the same and keep
-// denormals.
+// vdpbf16ps is that in one instruction: twice the multiplications of an FMA. It adds the second product first, rounds
+// to nearest even after each, takes and gives denormals as 0, and heeds no mode. Elsewhere two multiply-adds do the
+// same, but keep denormals.
 #pragma once
 
 #include "simd.h"
@@ -39,8 +39,8 @@ FASTGPT_INLINE VecF add_products(VecF sum, VecPairs a, VecPairs b) {
 #if defined(__AVX512BF16__) && !defined(FASTGPT_LANES)
   return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-  sum += float_of(a << 16) * float_of(b << 16);
-  return sum + float_of(a & 0xffff0000u) * float_of(b & 0xffff0000u);
+  sum += float_of(a & 0xffff0000u) * float_of(b & 0xffff0000u);
+  return sum + float_of(a << 16) * float_of(b << 16);
 #endif
 }
 
