@@ -119,15 +119,19 @@ FASTGPT_INLINE VecF load(const int8_t* p) {
 #endif
 }
 
-// The upper half of each lane is x rounded to bfloat16: to nearest, ties to even; NaN stays NaN.
+// The upper half of each lane is x rounded to bfloat16: to nearest, ties to even; NaN becomes a NaN of all bits.
 FASTGPT_INLINE VecU rounded_bits(VecF x) {
   const VecU u = bits_of(x);
-  return x == x ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;
+  return (u + 0x7fff + ((u >> 16) & 1)) | (VecU)(x != x);
 }
 
 FASTGPT_INLINE void store(Bf16* p, VecF x) {
 #if defined(__AVX512BF16__) && !defined(FASTGPT_LANES)
   const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+#elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(FASTGPT_LANES)
+  // Three instructions where GCC 12 makes five of __builtin_convertvector.
+  const __m256i bits = (__m256i)(rounded_bits(x) >> 16);
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 #else
   const VecU16 half = __builtin_convertvector(rounded_bits(x) >> 16, VecU16);
 #endif
