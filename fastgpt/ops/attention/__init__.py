@@ -95,7 +95,7 @@ def causal_attention(
 
 def _case(q: Tensor, k: Tensor, dropout_p: float, needs_grad: bool) -> Case:
     square = q.shape[2] == k.shape[2]
-    return Case(q.device.type, q.dtype, q.shape[-1], square, dropout_p > 0.0, needs_grad)
+    return Case(dispatch.device_type(q), q.dtype, q.shape[-1], square, dropout_p > 0.0, needs_grad)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:

@@ -92,7 +92,7 @@ def dropout_add_layer_norm(
 
 
 def _case(x: Tensor, weight: Tensor, dropout_p: float) -> Case:
-    return Case(x.device.type, x.dtype, weight.dtype, x.shape[-1], dropout_p > 0.0)
+    return Case(dispatch.device_type(x), x.dtype, weight.dtype, x.shape[-1], dropout_p > 0.0)
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout_p: float) -> None:

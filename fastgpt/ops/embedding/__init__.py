@@ -93,7 +93,7 @@ def embedding(
 
 
 def _case(ids: Tensor, weight: Tensor, dropout_p: float) -> Case:
-    return Case(weight.device.type, weight.dtype, ids.dtype, weight.shape[-1], dropout_p > 0.0)
+    return Case(dispatch.device_type(weight), weight.dtype, ids.dtype, weight.shape[-1], dropout_p > 0.0)
 
 
 def _check(ids: Tensor, weight: Tensor, position_weight: Tensor, dropout_p: float) -> None:

@@ -69,7 +69,7 @@ def choose(x: Tensor, bias: Tensor | None, backend: str | None = None) -> Module
 
 
 def _case(x: Tensor, bias: Tensor | None) -> Case:
-    return Case(x.device.type, x.dtype, None if bias is None else bias.dtype)
+    return Case(dispatch.device_type(x), x.dtype, None if bias is None else bias.dtype)
 
 
 def check(x: Tensor, bias: Tensor | None) -> None:

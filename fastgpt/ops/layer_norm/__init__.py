@@ -65,7 +65,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
 
 
 def _case(x: Tensor, weight: Tensor) -> Case:
-    return Case(x.device.type, x.dtype, weight.dtype, x.shape[-1])
+    return Case(dispatch.device_type(x), x.dtype, weight.dtype, x.shape[-1])
 
 
 class _LayerNorm(torch.autograd.Function):

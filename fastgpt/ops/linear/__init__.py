@@ -105,7 +105,7 @@ def prepare(
     name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """All of them in autocast's dtype where it is on, and checked. Raises ValueError with the name of the op."""
-    device = x.device.type
+    device = dispatch.device_type(x)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, *cast = (tensor.to(dtype) if tensor.dtype is not torch.float64 else tensor for tensor in (x, *weights))
@@ -118,12 +118,12 @@ def prepare(
 def choose(x: Tensor, weights: tuple[Tensor, ...], backend: str | None) -> ModuleType:
     """The backend of a product: PyTorch's for a small one, unless another is asked for."""
     chosen = OP.for_tiny(backend) if is_tiny(x, weights) else None
-    return chosen or OP.choose(Case(x.device.type, x.dtype), backend)
+    return chosen or OP.choose(Case(dispatch.device_type(x), x.dtype), backend)
 
 
 def is_tiny(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
     """True where the product is left to PyTorch, see `dispatch.Op.for_tiny`."""
-    return x.is_cpu and x.numel() * sum([weight.shape[:1].numel() for weight in weights]) < _TINY
+    return x.is_cpu and x.shape[:-1].numel() * sum(map(Tensor.numel, weights)) < _TINY
 
 
 def _check(name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> None:
@@ -133,7 +133,7 @@ def _check(name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tens
             f"got {len(weights)} weights and {len(biases)} biases."
         )
     n_in, dtype, device = x.shape[-1:], x.dtype, x.device
-    for weight, bias in zip(weights, biases, strict=True):
+    for weight, bias in zip(weights, biases):  # noqa: B905 (as long as each other)
         if weight.ndim != 2 or weight.shape[1:] != n_in:
             raise ValueError(
                 f"{name}: weight must be (n_out, n_in) with the n_in of x (..., n_in); "
@@ -144,8 +144,8 @@ def _check(name: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tens
                 f"{name}: bias must have one number for each row of weight, ({weight.shape[0]},); "
                 f"got {tuple(bias.shape)}."
             )
-        for other in (weight,) if bias is None else (weight, bias):
-            if other.dtype is not dtype or other.device != device:
+        for other in (weight, bias):
+            if other is not None and (other.dtype is not dtype or other.device != device):
                 raise ValueError(
                     f"{name}: x, weight and bias must have one dtype and device; got x {x.dtype} on {x.device} and "
                     f"{other.dtype} on {other.device}. Cast or move one of them with .to()."
@@ -182,7 +182,7 @@ class _PackedLinear(torch.autograd.Function):
 def _forward(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], has_bias: list[bool], backend: str | None
 ) -> Tensor:
-    chosen = OP.choose(Case(x.device.type, x.dtype), backend)
+    chosen = OP.choose(Case(dispatch.device_type(x), x.dtype), backend)
     given = iter(biases)
     spread = tuple(next(given) if has else None for has in has_bias)
     if getattr(chosen, "NATIVE_AUTOGRAD", False):
@@ -196,7 +196,7 @@ def _forward_fake(x: Tensor, weights: list[Tensor], *unused: Any) -> Tensor:
 
 def _backward(dout: Tensor, x: Tensor, weights: list[Tensor], needs: list[bool], backend: str | None) -> list[Tensor]:
     """The gradients that `needs` asks for: of x, of each weight, of each bias, in this order."""
-    chosen = OP.choose(Case(x.device.type, x.dtype), backend)
+    chosen = OP.choose(Case(dispatch.device_type(x), x.dtype), backend)
     if not getattr(chosen, "NATIVE_AUTOGRAD", False):
         grads = chosen.backward(dout, x, weights, x.shape, [weight.shape[0] for weight in weights], needs)
         return [grad for grad in grads if grad is not None]

@@ -64,7 +64,7 @@ def linear_cross_entropy(
     """
     _check(x, weight, targets)
     targets = targets.reshape(-1)
-    dtype, device = x.dtype, x.device.type
+    dtype, device = x.dtype, dispatch.device_type(x)
     if dtype is not torch.float64 and torch.is_autocast_enabled(device):
         x, dtype = x.to(torch.get_autocast_dtype(device)), torch.float32
         weight = weight if weight.dtype is torch.float32 else weight.to(x.dtype)
@@ -95,7 +95,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _case(x: Tensor, weight: Tensor) -> Case:
-    return Case(x.device.type, x.dtype, weight.dtype, x.shape[-1])
+    return Case(dispatch.device_type(x), x.dtype, weight.dtype, x.shape[-1])
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor) -> None:

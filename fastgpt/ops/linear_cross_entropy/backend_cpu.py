@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 # The kernel raises IndexError for a target outside the vocabulary.
 CHECKS_RANGE = True
 
-# Rows whose logits exist at a time, 206 MB of them with GPT-2's words; every chunk reads the weights twice, and reads and
-# writes their gradient. Forward and backward of (rows, 768) by (50257, 768) on two Zen 3 cores, speed in times of chunks
-# of 512 rows: 1,024 rows by 768 1.01, by 1,024 1.03; 2,048 rows by 1,024 1.02, by 2,048 1.03.
+# Rows whose logits exist at a time, 206 MB of them with GPT-2's words; every chunk reads the weights twice, and reads
+# and writes their gradient. Forward and backward of (rows, 768) by (50257, 768) on two Zen 3 cores, speed in times of
+# chunks of 512 rows: 1,024 rows by 768 1.01, by 1,024 1.03; 2,048 rows by 1,024 1.02, by 2,048 1.03.
 CHUNK_ROWS = 1024
 
 

@@ -70,7 +70,7 @@ def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _case(qkv: Tensor, dropout_p: float, needs_grad: bool) -> Case:
-    return Case(qkv.device.type, qkv.dtype, qkv.shape[-1], True, dropout_p > 0.0, needs_grad)
+    return Case(dispatch.device_type(qkv), qkv.dtype, qkv.shape[-1], True, dropout_p > 0.0, needs_grad)
 
 
 def _check(qkv: Tensor, dropout_p: float) -> None:
