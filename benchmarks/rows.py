@@ -21,21 +21,10 @@ import fastgpt
 from benchmarks import cache_cases, cases, fusion_cases, model_cases
 from fastgpt.memory import kept_memory
 from fastgpt.ops import extension
+from fastgpt.ops.linear.engines import processor
 from fastgpt.timing import race
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def processor() -> str:
-    """The processor's name as the system gives it, with its family where the name alone says little."""
-    fields = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        return platform.processor() or platform.machine()
-    return f"{fields.get('model name', platform.machine())} family {fields.get('cpu family', '?')}"
 
 
 def commit_of_this_tree() -> str:

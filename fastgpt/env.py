@@ -5,6 +5,7 @@
 | FASTGPT_BACKEND     | backend for every op: auto (default), cuda, triton, cpu, torch, reference        |
 | FASTGPT_NUM_THREADS | threads of the CPU kernels; without it torch.get_num_threads()                   |
 | FASTGPT_ISA         | CPU kernels for: baseline, avx2, avx512, avx512_vnni, avx512_bf16                |
+| FASTGPT_PRODUCTS    | engine of large products on the CPU: auto (default), own, torch, onednn          |
 | FASTGPT_CUDA_PATH   | kernels of backend "cuda": auto (default: the GPU's best), sm_80 (any GPU's)     |
 | FASTGPT_OFFLINE     | 1: never use the network                                                         |
 | FASTGPT_BPE_DIR     | folder with GPT-2's encoder.json and vocab.bpe                                   |
@@ -15,8 +16,8 @@
 
 FASTGPT_BUILD_CUDA (auto, 0, 1) and FASTGPT_SANITIZE (address) are read by setup.py alone. Where other programs keep
 GPT-2's vocabulary is read from their own variables: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, HF_HUB_CACHE, HF_HOME; the
-user's cache from XDG_CACHE_HOME; whether Triton interprets its kernels from TRITON_INTERPRET, which must be set before
-they are imported.
+user's cache from XDG_CACHE_HOME (products.json there remembers engines that a race chose); whether Triton interprets
+its kernels from TRITON_INTERPRET, which must be set before they are imported.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
 CUDA_PATHS = ("auto", "sm_80")
 ISAS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+PRODUCTS = ("auto", "own", "torch", "onednn")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -62,6 +64,16 @@ def isa() -> str | None:
     return _choice("FASTGPT_ISA", ("best", *ISAS), "best").replace("best", "") or None
 
 
+def products() -> str:
+    """The engine that FASTGPT_PRODUCTS names, or "auto"."""
+    return _choice("FASTGPT_PRODUCTS", PRODUCTS, "auto")
+
+
+def products_file() -> Path:
+    """The file in the user's cache that remembers engines."""
+    return _cache_file("products.json")
+
+
 def num_threads() -> int | None:
     """The thread count that FASTGPT_NUM_THREADS names, or None."""
     value = os.environ.get("FASTGPT_NUM_THREADS", "").strip()
@@ -91,9 +103,13 @@ def bpe_dir() -> Path | None:
 def tiles_file() -> Path:
     """The file of tile sizes that FASTGPT_TILES names, or the one in the user's cache."""
     value = os.environ.get("FASTGPT_TILES", "").strip()
+    return Path(os.path.expanduser(value)) if value else _cache_file("tiles.json")
+
+
+def _cache_file(name: str) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME", "").strip() or os.path.join("~", ".cache")
     # Not Path.expanduser, which raises for a user without a home.
-    return Path(os.path.expanduser(value or os.path.join(cache, "fastgpt", "tiles.json")))
+    return Path(os.path.expanduser(os.path.join(cache, "fastgpt", name)))
 
 
 def tiktoken_cache_dirs() -> tuple[Path, ...]:

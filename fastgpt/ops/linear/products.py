@@ -1,43 +1,14 @@
-"""Products of matrices on the CPU, each by the engine that was measured to be the fastest on such a processor.
-
-own      kernels/cpu/gemm.h: bias, sums of rows and accumulation in the same pass, any strides
-torch    torch.mm: MKL on x86-64, which takes its AVX2 path on AMD whatever the processor has
-onednn   oneDNN by the op that torch.compile uses, without torch's global switch (set_float32_matmul_precision)
-"""
+"""Products of matrices on the CPU, each by the engine that is the fastest on such a processor (see engines.py)."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgpt.ops.extension import DTYPE_CODES, load, num_threads
-
-
-class Engines(NamedTuple):
-    """Who computes large products: of float32, and of operands of which one is bfloat16 at least."""
-
-    float32: str
-    bfloat16: str
-
-
-# (instruction set in use, maker of the processor). Without a row: torch.
-ENGINES = {
-    # Zen 3, two cores, GFLOP/s of a peak of 204, own / MKL / oneDNN. 1024 x 768 x 3072: forward 180 / 171 / 150, dx
-    # 174 / 179 / 116, dW 187 / 179 / 115; 1024 x 3072 x 768: 184 / 178 / 144, 183 / 177 / 95, 171 / 166 / 80; 1024 x
-    # 768 x 768: 179 / 177 / 156, 180 / 179 / 137, 174 / 178 / 111. Before the own kernel fetched panels ahead, and
-    # without what it does on the way: bias, dbias, packed results.
-    ("avx2", "amd"): Engines("own", "own"),
-    # Zen 5, two cores, 1024 x 768 x 3072, GFLOP/s: MKL 190, oneDNN 418, in bfloat16 916 of a peak of 1001. The own
-    # kernel has not run there.
-    ("avx512", "amd"): Engines("onednn", "torch"),
-    ("avx512_bf16", "amd"): Engines("onednn", "torch"),
-    # MKL is at home here. In bfloat16 as on Zen 3, a guess: the processor has no bfloat16 instructions either.
-    ("avx2", "intel"): Engines("torch", "own"),
-}
-DEFAULT = Engines("torch", "torch")
+from fastgpt.ops.linear import engines
 
 # Below these MKL is ahead of the own kernel, which must pack its operands first: on two Zen 3 cores, forward, 158 to
 # 141 GFLOP/s at 256 x 128 x 128 and 118 to 111 at 64 x 128 x 512. PyTorch's bfloat16 product is never ahead there:
@@ -47,8 +18,9 @@ LEAST_WORK = {torch.float32: 2**24, torch.bfloat16: 2**18}
 
 
 @functools.cache
-def _engines(isa: str) -> Engines:
-    return ENGINES.get((isa, load("cpu").cpu_vendor()), DEFAULT)
+def _of_large_products(isa: str, dtype: torch.dtype) -> str:
+    name = engines.choose(isa, dtype, matmul_into)
+    return "torch" if name == "onednn" and not torch.backends.mkldnn.is_available() else name
 
 
 def engine(m: int, n: int, k: int, *dtypes: torch.dtype) -> str:
@@ -60,9 +32,7 @@ def engine(m: int, n: int, k: int, *dtypes: torch.dtype) -> str:
         return "own"
     if min(m, n) < LEAST_ROWS or m * n * k < LEAST_WORK[dtypes[0]]:
         return "torch"
-    engines = _engines(load("cpu").isa())
-    name = engines.float32 if dtypes[0] is torch.float32 else engines.bfloat16
-    return "torch" if name == "onednn" and not torch.backends.mkldnn.is_available() else name
+    return _of_large_products(load("cpu").isa(), dtypes[0])
 
 
 def matmul_into(
