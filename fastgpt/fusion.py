@@ -92,8 +92,8 @@ def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: Tensor) -
     if all(map(is_linear, layers)):
         plain = cast("tuple[nn.Linear, ...]", layers)
         weights, biases = [m.weight for m in plain], [m.bias for m in plain]
-        alike = len({w.shape for w in weights}) == 1 and len({b is None for b in biases}) == 1
-        if alike:
+        (w0, w1, w2), (b0, b1, b2) = weights, biases
+        if w0.shape == w1.shape == w2.shape and (b0 is None) == (b1 is None) == (b2 is None):
             return (ops.packed_linear(x, weights, biases),)
     return tuple(layer(x) for layer in layers)
 

@@ -38,7 +38,11 @@ def register(
 
 def needs_grad(*tensors: Tensor) -> bool:
     """True when autograd records what is done with these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def compact(*activations: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -23,7 +23,7 @@ def apply(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None])
         return F.linear(x, weights[0], biases[0])
     n_in = x.shape[-1]
     # Side by side must come the weights, n_in * sum(n_out) numbers, or the results, rows * sum(n_out).
-    if x.numel() < n_in * n_in or len({bias is None for bias in biases}) == 2:
-        return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], -1)
     given = [bias for bias in biases if bias is not None]
-    return F.linear(x, torch.cat(list(weights)), torch.cat(given) if given else None)
+    if x.numel() < n_in * n_in or 0 < len(given) < len(biases):
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], -1)
+    return F.linear(x, torch.cat(tuple(weights)), torch.cat(given) if given else None)
