@@ -40,6 +40,9 @@ constexpr int kGemmVectors = 2;
 constexpr int kGemmCols = kGemmVectors * kLanes;
 constexpr int64_t kKc = 768, kNc = 1536;
 constexpr int64_t kMcPanels = 96 / kGemmRows;
+// Floats of the next panel of B that a step asks for, so that the tiles of one panel ask for all of the next: 1 with
+// AVX2; 6 with AVX-512, whose panels are twice as wide and whose blocks of A are fewer panels.
+constexpr int64_t kAhead = (kGemmCols + kMcPanels - 1) / kMcPanels;
 // With bfloat16 results, sums of unfinished rows wait in the workspace: rows of a pass over B.
 constexpr int64_t kPassRows = 2048;
 
@@ -55,8 +58,8 @@ struct GemmTile {
   int64_t rows, cols;
 };
 
-// ahead: where the next panel of B lies, as many floats on as tiles of this one are done. A float is asked for in each
-// step, so that the tiles of one panel together bring the next one into L2.
+// ahead: what is to be asked for of the next panel of B, kAhead floats a step: the tiles of one panel together bring
+// the next one into L2.
 static void __attribute__((noinline)) multiply_panels(const GemmTile& t, const float* a, const float* b,
                                                       const float* ahead, int64_t k_count) {
   VecF acc[kGemmRows][kGemmVectors] = {};
@@ -75,7 +78,8 @@ static void __attribute__((noinline)) multiply_panels(const GemmTile& t, const f
     }
     a += kGemmRows;
     b += kGemmCols;
-    __builtin_prefetch(ahead++, 0, 2);
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += kAhead;
   } while (--k_count > 0);
 
   if (t.rows == kGemmRows && t.cols == kGemmCols) {
@@ -269,7 +273,7 @@ static void gemm_tiles(const GemmArgs& g, const GemmPlan& p, const GemmStep& s, 
                     min(kGemmCols, s.jc + s.nc - col)};
       const float* a = s.a + (i - begin) * kGemmRows * s.kc;
       const float* b = s.b + j * kGemmCols * s.kc;
-      const float* ahead = b + (kGemmCols + i - begin) * s.kc;
+      const float* ahead = b + (kGemmCols + (i - begin) * kAhead) * s.kc;
       if (p.direct) {
         t.c = static_cast<float*>(g.c) + row * g.c_stride + col;
         t.add = t.add || g.accumulate;
