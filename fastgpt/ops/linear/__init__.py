@@ -5,6 +5,7 @@
 
 Backward: dx = Σ dyᵢ Wᵢ, dWᵢ = dyᵢᵀ x, dbᵢ = the sums of the columns of dyᵢ; only those that are needed are computed.
 Saved for backward: x and the weights. Sums are float32 (float64 for float64), results have the dtype of x.
+On the CPU products of float32 below 2^25 multiplications are left to PyTorch, so the last bits depend on the size.
 """
 
 from __future__ import annotations
