@@ -24,12 +24,12 @@ CXX = os.environ.get("CXX", "g++")
 TESTS = (
     "attention", "decode_attention", "layer_norm", "gelu", "linear", "dropout_add_layer_norm", "embedding",
     "linear_cross_entropy", "packed_causal_attention", "native_decoder", "native_packed", "native_prompt",
-    "cache_dtype", "draws", "fast_head", "prompt_lookup", "philox", "extension", "memory",
+    "cache_dtype", "draws", "fast_head", "prompt_lookup", "philox", "extension", "memory", "buffers",
 )  # fmt: skip
 # Compilers under AddressSanitizer take minutes and run no kernel of ours; the others count page faults or resident
 # memory, which it changes.
 LEFT_OUT = ("compile", "opcheck", "triton", "cuda", "page_faults", "goes_back", "every_big_block", "hold_no_more",
-            "user_has_tuned", "outermost")  # fmt: skip
+            "user_has_tuned", "outermost", "hole")  # fmt: skip
 
 # The bindings trust addresses, so a caller who tells a wrong size makes them read and write outside.
 OVERRUN = """
