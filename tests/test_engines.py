@@ -44,12 +44,19 @@ def test_a_measured_processor_is_not_raced(monkeypatch, races):
 
 
 def test_what_is_asked_for_is_taken(monkeypatch, file, races):
-    monkeypatch.setenv("FASTGPT_PRODUCTS", "onednn")
-    assert choose() == "onednn"
+    monkeypatch.setenv("FASTGPT_PRODUCTS", "own")
+    assert choose() == "own" and choose(torch.bfloat16) == "own"
     assert races == [] and not file.exists()
     monkeypatch.setenv("FASTGPT_PRODUCTS", "blas")
     with pytest.raises(ValueError, match="auto, own, torch, onednn"):
         choose()
+
+
+def test_an_engine_that_cannot_run_gives_way_to_pytorch(monkeypatch, file, races):
+    monkeypatch.setenv("FASTGPT_PRODUCTS", "onednn")
+    assert choose(torch.bfloat16) == "torch"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert choose() == "torch" and races == []
 
 
 def test_a_race_is_run_once_for_each_dtype_and_instruction_set(file, races):

@@ -56,7 +56,7 @@ def choose(isa: str, dtype: torch.dtype, product: Product) -> str:
     """
     asked = env.products()
     if asked != "auto":
-        return asked
+        return asked if asked in _candidates(dtype) else "torch"
     row = MEASURED.get((isa, load("cpu").cpu_vendor()))
     if row is not None:
         return row[dtype]

@@ -19,8 +19,7 @@ LEAST_WORK = {torch.float32: 2**24, torch.bfloat16: 2**18}
 
 @functools.cache
 def _of_large_products(isa: str, dtype: torch.dtype) -> str:
-    name = engines.choose(isa, dtype, matmul_into)
-    return "torch" if name == "onednn" and not torch.backends.mkldnn.is_available() else name
+    return engines.choose(isa, dtype, matmul_into)
 
 
 def engine(m: int, n: int, k: int, *dtypes: torch.dtype) -> str:
